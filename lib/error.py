@@ -1,0 +1,8 @@
+"""The one exception that a user may cause."""
+
+
+class InputError(Exception):
+    """Bad input: its message is one line that names the file or flag and how to mend it.
+
+    The scripts print the line and end with exit code 2; nothing else in the project catches it.
+    """
