@@ -1,0 +1,89 @@
+"""The models, and how to get one back from a file."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib.error import InputError
+from lib.filters import read_filters
+from lib.models.BaseModel import read_state
+from lib.models.nnUNet import nnUNet
+from lib.models.Sauron import Sauron
+
+MODELS = {"sauron": Sauron, "nnunet": nnUNet}
+
+
+def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
+    """The arguments of nnUNet, read off the shapes of a `state_dict`. Raises InputError naming `source`."""
+    try:
+        first, last = state["encoder.0.seq.0.weight"], state["last.0.0.weight"]
+        levels = sum(key.startswith("encoder.") and key.endswith(".weight") for key in state) // 2
+        dim = {4: "2D", 5: "3D"}[first.ndim]
+        out = {f"enc_ConvBlock_{k + 1}": len(state[f"encoder.{k}.seq.0.weight"]) for k in range(2 * levels)}
+        for stage in range(levels - 1):
+            out[f"dec_ConvTranspose{dim.lower()}_{stage + 1}"] = state[f"decoder.{3 * stage}.weight"].shape[1]
+            for i in (1, 2):
+                out[f"dec_ConvBlock_{2 * stage + i}"] = len(state[f"decoder.{3 * stage + i}.seq.0.weight"])
+    except (KeyError, IndexError) as error:
+        raise InputError(f"{source}: is no model of nnUNet or Sauron ({error} is missing)") from error
+    return {
+        "modalities": first.shape[1],
+        "n_classes": len(last),
+        "fms_init": out["enc_ConvBlock_1"],
+        "levels": levels,
+        "dim": dim,
+        "filters": {"out": out},
+    }
+
+
+def count_filters(model: nnUNet) -> dict[str, dict[str, int]]:
+    """{"in": {name: n}, "out": {name: n}}: the row of this model in the two filter files."""
+    return {
+        "in": {block.name: block.in_filters for block in model.blocks()},
+        "out": {block.name: block.out_filters for block in model.blocks()},
+    }
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    in_filters: str | Path | None = None,
+    out_filters: str | Path | None = None,
+) -> nnUNet:
+    """A saved model in eval mode, its widths read from the file. Raises InputError if something does not fit.
+
+    Filter files are not needed; where given, their last row is checked against the model.
+    """
+    state = read_state(path)
+    model = nnUNet(**architecture(state, path))
+    model.load(state, path)
+    counted = count_filters(model)
+    for direction, file in (("in", in_filters), ("out", out_filters)):
+        if file:
+            check_filters(read_filters(file), counted[direction], file, path)
+    return model.to(device).eval()
+
+
+def check_filters(given: dict[str, int], counted: dict[str, int], file: str | Path, model: str | Path) -> None:
+    """Raise InputError unless a filter file's last row describes the model, naming the first block that differs."""
+    for name in [*counted, *given]:
+        if given.get(name) != counted.get(name):
+            raise InputError(
+                f"{file}: {name} has {given.get(name, 'no')} filters in its last row, {counted.get(name, 'no')} in "
+                f"{model}; give the filter files of the same run and epoch, or leave them out"
+            )
+
+
+def summary(model: nnUNet, patch_size: tuple[int, ...]) -> dict[str, int]:
+    """{"parameters", "flops", "filters"}: torch's count of FLOPs (2 per multiply-add) for one patch; filters that
+    can be pruned, so heads not counted."""
+    shadow = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        nnUNet.forward(shadow, torch.empty(1, model.modalities, *patch_size, device="meta"))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "filters": sum(block.out_filters for block in model.blocks() if not block.head),
+    }

@@ -1,0 +1,149 @@
+"""The nnU-Net-like network that Sauron starts from (paper section 4.1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib.models.BaseModel import BaseModel
+
+IMAGE = "image"  # the parent of the first block
+
+
+@dataclass(frozen=True)
+class Block:
+    """One convolution of the network: its name in filter files, and the blocks whose outputs it eats, in order."""
+
+    name: str
+    conv: nn.Module
+    parents: tuple[str, ...]
+    transposed: bool = False
+    head: bool = False
+
+    @property
+    def in_filters(self) -> int:
+        return self.conv.in_channels
+
+    @property
+    def out_filters(self) -> int:
+        return self.conv.out_channels
+
+
+class ConvBlock(nn.Module):
+    """Convolution 3x3(x3) -> InstanceNorm -> LeakyReLU(0.01)."""
+
+    def __init__(self, in_filters: int, out_filters: int, dim: str, stride: int = 1):
+        super().__init__()
+        conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dim == "2D" else (nn.Conv3d, nn.InstanceNorm3d)
+        self.seq = nn.Sequential(
+            conv(in_filters, out_filters, 3, stride=stride, padding=1), norm(out_filters), nn.LeakyReLU(0.01)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq(x)
+
+
+class nnUNet(BaseModel):
+    """U-Net with strided convolutions, transposed convolutions and deep supervision.
+
+    Level i = 0..levels-1 has min(fms_init * 2**i, fms_max) filters; `filters` = {"in": {name: n}, "out": {name: n}}
+    (filter files; "out" is enough) overrides these widths. Called with (B, modalities, *spatial) it returns the
+    softmax maps (B, n_classes, *spatial / 2**k) of its levels - 2 heads, from full resolution (k = 0) downwards.
+    Each spatial size must be a multiple of 2**(levels - 1).
+    """
+
+    def __init__(
+        self,
+        modalities: int,
+        n_classes: int,
+        fms_init: int,
+        levels: int,
+        fms_max: int = 480,
+        dim: str = "2D",
+        filters: dict[str, dict[str, int]] | None = None,
+    ):
+        super().__init__()
+        if dim not in ("2D", "3D") or levels < 3:
+            raise ValueError(f"dim must be '2D' or '3D' and levels at least 3, not {dim!r} and {levels}")
+        self.modalities, self.n_classes, self.levels, self.dim = modalities, n_classes, levels, dim
+        transposed, conv = (nn.ConvTranspose2d, nn.Conv2d) if dim == "2D" else (nn.ConvTranspose3d, nn.Conv3d)
+        widths = [min(fms_init * 2**i, fms_max) for i in range(levels)]
+        given = filters["out"] if filters else {}
+        out = {IMAGE: modalities}  # the number of maps that each block gives, by name
+
+        def width(name: str, default: int) -> int:
+            out[name] = given.get(name, default)
+            return out[name]
+
+        # Encoder: two blocks a level, the first of each level but the top one halves the size.
+        self.encoder = nn.ModuleList()
+        names = [f"enc_ConvBlock_{k + 1}" for k in range(2 * levels)]
+        for k, (parent, name) in enumerate(zip([IMAGE, *names], names, strict=False)):
+            stride = 2 if k % 2 == 0 and k > 0 else 1
+            self.encoder.append(ConvBlock(out[parent], width(name, widths[k // 2]), dim, stride))
+
+        # Decoder: from the deepest stage up; a ConvBlock eats [skip, up], in this order.
+        self.decoder, self.last = nn.ModuleList(), nn.ModuleList()
+        below = names[-1]
+        for stage, level in enumerate(range(levels - 2, -1, -1)):
+            up, first, second = self._stage_names(stage)
+            self.decoder.append(transposed(out[below], width(up, widths[level]), 2, stride=2))
+            skip = out[f"enc_ConvBlock_{2 * level + 2}"]
+            self.decoder.append(ConvBlock(skip + out[up], width(first, widths[level]), dim))
+            self.decoder.append(ConvBlock(out[first], width(second, widths[level]), dim))
+            if stage > 0:
+                self.last.append(nn.Sequential(conv(out[second], n_classes, 1), nn.Softmax(dim=1)))
+            below = second
+
+    def _stage_names(self, stage: int) -> tuple[str, str, str]:
+        up = f"dec_ConvTranspose{self.dim.lower()}_{stage + 1}"
+        return up, f"dec_ConvBlock_{2 * stage + 1}", f"dec_ConvBlock_{2 * stage + 2}"
+
+    def blocks(self) -> list[Block]:
+        """Every convolution in the order of the forward pass: the one table that pruning and filter files use."""
+        table, below = [], IMAGE
+        for k, block in enumerate(self.encoder):
+            table.append(Block(f"enc_ConvBlock_{k + 1}", block.seq[0], (below,)))
+            below = table[-1].name
+        for stage in range(self.levels - 1):
+            up, first, second = self._stage_names(stage)
+            skip = f"enc_ConvBlock_{2 * (self.levels - 1 - stage)}"
+            table.append(Block(up, self.decoder[3 * stage], (below,), transposed=True))
+            table.append(Block(first, self.decoder[3 * stage + 1].seq[0], (skip, up)))
+            table.append(Block(second, self.decoder[3 * stage + 2].seq[0], (first,)))
+            if stage > 0:
+                table.append(Block(f"dec_Sequential_{stage}", self.last[stage - 1][0], (second,), head=True))
+            below = second
+        return table
+
+    def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The forward pass, block by block: yields (name, output); heads give their softmax maps."""
+        factor = 2 ** (self.levels - 1)
+        if any(size % factor for size in x.shape[2:]):
+            raise ValueError(f"spatial size {tuple(x.shape[2:])} is not a multiple of {factor} on every axis")
+        skips = []
+        for k, block in enumerate(self.encoder):
+            x = block(x)
+            yield f"enc_ConvBlock_{k + 1}", x
+            if k % 2 == 1:
+                skips.append(x)
+        skips.pop()  # the bottleneck is no skip
+        for stage in range(self.levels - 1):
+            up, first, second = self._stage_names(stage)
+            x = self.decoder[3 * stage](x)
+            yield up, x
+            x = self.decoder[3 * stage + 1](torch.cat([skips.pop(), x], dim=1))
+            yield first, x
+            x = self.decoder[3 * stage + 2](x)
+            yield second, x
+            if stage > 0:
+                yield f"dec_Sequential_{stage}", self.last[stage - 1](x)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        heads = [output for name, output in self.feature_maps(x) if name.startswith("dec_Sequential")]
+        return heads[::-1]
+
+    def forward_saveFMs(self, x: Tensor) -> dict[str, Tensor]:
+        """All feature maps of a batch, (B, C, *spatial) by the block's name; the heads' softmax maps are the last."""
+        return dict(self.feature_maps(x))
