@@ -20,6 +20,7 @@ class Block:
     parents: tuple[str, ...]
     transposed: bool = False
     head: bool = False
+    norm: nn.Module | None = None
 
     @property
     def in_filters(self) -> int:
@@ -104,14 +105,15 @@ class nnUNet(BaseModel):
         """Every convolution in the order of the forward pass: the one table that pruning and filter files use."""
         table, below = [], IMAGE
         for k, block in enumerate(self.encoder):
-            table.append(Block(f"enc_ConvBlock_{k + 1}", block.seq[0], (below,)))
+            table.append(Block(f"enc_ConvBlock_{k + 1}", block.seq[0], (below,), norm=block.seq[1]))
             below = table[-1].name
         for stage in range(self.levels - 1):
             up, first, second = self._stage_names(stage)
             skip = f"enc_ConvBlock_{2 * (self.levels - 1 - stage)}"
             table.append(Block(up, self.decoder[3 * stage], (below,), transposed=True))
-            table.append(Block(first, self.decoder[3 * stage + 1].seq[0], (skip, up)))
-            table.append(Block(second, self.decoder[3 * stage + 2].seq[0], (first,)))
+            for i, (name, parents) in enumerate([(first, (skip, up)), (second, (first,))]):
+                conv, norm, _ = self.decoder[3 * stage + 1 + i].seq
+                table.append(Block(name, conv, parents, norm=norm))
             if stage > 0:
                 table.append(Block(f"dec_Sequential_{stage}", self.last[stage - 1][0], (second,), head=True))
             below = second

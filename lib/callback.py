@@ -1,0 +1,117 @@
+"""What happens at the end of an epoch. Every callback takes the training's state; their order is that of the list."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lib import checkpoint
+from lib.checkpoint import TrainingState
+from lib.models import count_filters, summary
+from lib.pruning import Threshold, filters_to_keep, prune, raise_threshold, tau, training_settled
+
+Callback = Callable[[TrainingState], None]
+
+
+def _end_epoch_save_best(state: TrainingState) -> None:
+    """models/model-best: the best mean foreground Dice on the validation set, before this epoch's pruning."""
+    dice = [d for d in (state.rows[-1]["val_dice"] or [None])[1:] if d is not None]
+    if dice and sum(dice) / len(dice) > state.best_dice:
+        state.best_dice = sum(dice) / len(dice)
+        checkpoint.save_model(state.folder / "models" / "model-best", state.model)
+
+
+def _end_epoch_prune(state: TrainingState, tau_max: float, kappa: int, rho: int, mu: float) -> None:
+    """Raise the thresholds where training has settled, then delete the filters below them (paper section 3.3)."""
+    train_losses = [row["train_loss"] for row in state.rows]
+    validated = [row["val_loss"] for row in state.rows if row["val_loss"] is not None]
+    settled = training_settled(train_losses, validated if state.validates else None, rho)
+    keep = {}
+    for block in state.model.blocks():
+        if block.head:
+            continue
+        threshold = state.thresholds.setdefault(block.name, Threshold())
+        raise_threshold(threshold, settled, kappa, rho, mu)
+        threshold.lost, threshold.filters_before = 0, block.out_filters
+        if block.out_filters > 1:
+            delta, r = state.delta_prune[block.name]
+            kept = filters_to_keep(delta, r, tau(threshold, tau_max, kappa))
+            threshold.lost = block.out_filters - len(kept)
+            if threshold.lost:
+                keep[block.name] = kept
+    if keep:
+        prune(state.model, state.optimizer, keep)
+    state.rows[-1]["tau"] = {name: tau(threshold, tau_max, kappa) for name, threshold in state.thresholds.items()}
+    state.rows[-1]["patience"] = {name: threshold.patience for name, threshold in state.thresholds.items()}
+
+
+def _end_epoch_measure(state: TrainingState, patch_size: tuple[int, ...]) -> None:
+    """Add the network's size to the epoch's row of the history."""
+    counted = count_filters(state.model)
+    state.rows[-1] |= summary(state.model, patch_size)
+    state.rows[-1] |= {"in_filters": counted["in"], "out_filters": counted["out"]}
+
+
+def _end_epoch_save_history(state: TrainingState) -> None:
+    checkpoint.save_history(state)
+
+
+def _end_epoch_save_filters(state: TrainingState) -> None:
+    checkpoint.save_filters(state)
+
+
+def _end_epoch_tensorboard(state: TrainingState, writer: SummaryWriter, class_names: tuple[str, ...]) -> None:
+    row = state.rows[-1]
+    for key in ("train_loss", "val_loss", "lr", "seconds", "parameters", "flops", "filters"):
+        if row[key] is not None:
+            writer.add_scalar(key, row[key], state.epoch)
+    for name, dice in zip(class_names, row["val_dice"] or [], strict=False):
+        if dice is not None:
+            writer.add_scalar(f"dice/{name}", dice, state.epoch)
+    for name, value in row.get("tau", {}).items():
+        writer.add_scalar(f"tau/{name}", value, state.epoch)
+        writer.add_scalar(f"filters/{name}", row["out_filters"][name], state.epoch)
+    writer.flush()
+
+
+def _end_epoch_save_model(state: TrainingState) -> None:
+    checkpoint.save(state)
+
+
+def _end_epoch_log(state: TrainingState, epochs: int) -> None:
+    """One line: losses, Dice per foreground class, what is left of the network, the largest tau, seconds and ETA."""
+    row = state.rows[-1]
+    parts = [f"epoch {state.epoch}/{epochs}", f"loss {row['train_loss']:.4f}"]
+    if row["val_loss"] is not None:
+        dice = " ".join("-" if d is None else f"{d:.3f}" for d in row["val_dice"][1:])
+        parts += [f"val {row['val_loss']:.4f}", f"Dice {dice}"]
+    parts.append(f"filters {row['filters']}")
+    parts += [f"{key} {100 * row[key] / state.unpruned[key]:.1f}%" for key in ("parameters", "flops")]
+    if row.get("tau"):
+        parts.append(f"tau {max(row['tau'].values()):.3f}")
+    recent = [r["seconds"] for r in state.rows[-5:]]
+    left = round((epochs - state.epoch) * sum(recent) / len(recent))
+    parts += [f"{row['seconds']:.1f} s", f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"]
+    state.log(" | ".join(parts))
+
+
+def callbacks(
+    *,
+    patch_size: tuple[int, ...],
+    epochs: int,
+    class_names: tuple[str, ...],
+    writer: SummaryWriter,
+    pruning: dict | None,
+) -> list[Callback]:
+    """The published order: prune, histories, filter files, model. `pruning` holds tau_max, kappa, rho and mu; None
+    leaves the network as it is."""
+    return [
+        _end_epoch_save_best,
+        *([partial(_end_epoch_prune, **pruning)] if pruning else []),
+        partial(_end_epoch_measure, patch_size=patch_size),
+        _end_epoch_save_history,
+        _end_epoch_save_filters,
+        partial(_end_epoch_tensorboard, writer=writer, class_names=class_names),
+        _end_epoch_save_model,
+        partial(_end_epoch_log, epochs=epochs),
+    ]

@@ -1,0 +1,19 @@
+"""The run's log: every line goes to the screen and to a file."""
+
+from datetime import datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """Call it with a line of text. Progress bars on the screen stay whole; lines in the file carry the time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        tqdm.write(text)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        with open(self.path, "a") as file:
+            file.writelines(f"{now} {line}\n" for line in text.splitlines())

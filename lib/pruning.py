@@ -1,0 +1,113 @@
+"""Which filters go, and the surgery that deletes them (paper sections 3.2 and 3.3). No I/O; knows no data set."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lib.models.nnUNet import IMAGE, Block, nnUNet
+
+FIRST_TAU = 0.001
+
+
+@dataclass
+class Threshold:
+    """A block's threshold, and what it must remember to raise it."""
+
+    step: int = 0  # tau is the step-th of kappa + 1 equidistant values
+    patience: int = 0
+    lost: int = 0  # filters that went at the end of the epoch before ...
+    filters_before: int = 1  # ... of so many
+
+
+def tau(threshold: Threshold, tau_max: float, kappa: int) -> float:
+    """The step-th value of linspace(0.001, tau_max, kappa + 1)."""
+    return FIRST_TAU + (tau_max - FIRST_TAU) * threshold.step / kappa
+
+
+def training_settled(train_losses: list[float], validation_losses: list[float] | None, rho: int) -> bool:
+    """The two conditions on the losses (oldest first); without a validation set (None) only the first one."""
+    if len(train_losses) < rho + 1 or (validation_losses is not None and len(validation_losses) < rho + 1):
+        return False
+    *_, newest = train_losses
+    window = train_losses[-rho - 1 : -1]
+    if not min(window) <= newest <= max(window):
+        return False
+    return validation_losses is None or validation_losses[-1] >= min(validation_losses[:-1])
+
+
+def raise_threshold(threshold: Threshold, settled: bool, kappa: int, rho: int, mu: float) -> None:
+    """One epoch's step of a block's threshold: count patience down, or take the next value."""
+    if threshold.patience > 0:
+        threshold.patience -= 1
+    elif settled and threshold.lost < math.ceil(mu * threshold.filters_before) and threshold.step < kappa:
+        threshold.step += 1
+        threshold.patience = rho
+
+
+def filters_to_keep(delta_prune: Tensor, r: int, threshold: float) -> Tensor:
+    """Indices of the filters that stay: r, and all whose delta_prune is at least the threshold."""
+    keep = delta_prune >= threshold
+    keep[r] = True
+    return keep.nonzero().flatten()
+
+
+def prune(model: nnUNet, optimizer: Optimizer | None, keep: dict[str, Tensor]) -> None:
+    """Keep only the filters `keep[name]` (indices) of each block named; the other blocks keep all of theirs.
+
+    The block's own convolution, the matching input channels of every consumer and the optimizer's state go together,
+    so the network computes what it would if the deleted maps were zero at every consumer.
+    """
+    table = model.blocks()
+    widths = {IMAGE: model.modalities} | {block.name: block.out_filters for block in table}
+    replaced = {}
+    for block in table:
+        inputs, offset = [], 0
+        for parent in block.parents:
+            kept = keep.get(parent)
+            inputs.append(torch.arange(widths[parent]) + offset if kept is None else kept.cpu() + offset)
+            offset += widths[parent]
+        outputs = keep.get(block.name)
+        if outputs is not None or any(parent in keep for parent in block.parents):
+            replaced |= _cut(block, torch.cat(inputs), torch.arange(block.out_filters) if outputs is None else outputs)
+    if optimizer is not None:
+        _replace_in_optimizer(optimizer, replaced)
+
+
+def _cut(block: Block, inputs: Tensor, outputs: Tensor) -> dict[nn.Parameter, tuple[nn.Parameter, list]]:
+    """Slice one convolution; returns {old parameter: (new parameter, its (axis, indices) pairs)}."""
+    conv, device = block.conv, block.conv.weight.device
+    inputs, outputs = inputs.to(device), outputs.to(device)
+    out_axis, in_axis = (1, 0) if block.transposed else (0, 1)
+    cuts = {"weight": [(out_axis, outputs), (in_axis, inputs)], "bias": [(0, outputs)]}
+    replaced = {}
+    for name, cut in cuts.items():
+        old = getattr(conv, name)
+        new = nn.Parameter(_select(old.detach(), cut), requires_grad=old.requires_grad)
+        setattr(conv, name, new)
+        replaced[old] = (new, cut)
+    conv.in_channels, conv.out_channels = len(inputs), len(outputs)
+    if block.norm is not None:
+        block.norm.num_features = len(outputs)
+    return replaced
+
+
+def _select(tensor: Tensor, cut: list[tuple[int, Tensor]]) -> Tensor:
+    for axis, indices in cut:
+        tensor = tensor.index_select(axis, indices)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _replace_in_optimizer(optimizer: Optimizer, replaced: dict) -> None:
+    """Swap the parameters in their groups; state of their own shape (Adam's moments, SGD's momentum) is cut too."""
+    for group in optimizer.param_groups:
+        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
+    for old, (new, cut) in replaced.items():
+        state = optimizer.state.pop(old, None)
+        if state is not None:
+            optimizer.state[new] = {
+                key: _select(value, cut) if isinstance(value, Tensor) and value.shape == old.shape else value
+                for key, value in state.items()
+            }
