@@ -31,9 +31,26 @@ class TrainingState:
     validation: dict[str, dict] = field(default_factory=dict)  # by epoch: {"loss", "dice": {subject: [per class]}}
     thresholds: dict[str, Threshold] = field(default_factory=dict)  # by prunable block
     delta_prune: dict = field(default_factory=dict)  # of the epoch's last training batch; not saved
-    unpruned: dict[str, int] = field(default_factory=dict)  # parameters, flops, filters of the network at first
+    unpruned: dict[str, int] = field(default_factory=dict)  # parameters, flops, filters without any pruning; not saved
     best_dice: float = -1.0
     validates: bool = True  # whether there is a validation set
+
+
+def new_run_folder(config: dict) -> Path:
+    """Make <output>/<exp_name>/<data>/<id>, id the next free number.
+
+    Raises InputError if it cannot be made.
+    """
+    parent = Path(config["output"], config["exp_name"], config["data"])
+    run_id = 1
+    while True:
+        try:
+            (parent / str(run_id) / "models").mkdir(parents=True)
+            return parent / str(run_id)
+        except FileExistsError:
+            run_id += 1
+        except OSError as error:
+            raise InputError(f"--output {config['output']}: cannot be written to ({error.strerror})") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -71,7 +88,6 @@ def save(state: TrainingState) -> None:
         "rows": state.rows,
         "validation": state.validation,
         "thresholds": {name: asdict(threshold) for name, threshold in state.thresholds.items()},
-        "unpruned": state.unpruned,
         "best_dice": state.best_dice,
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -110,7 +126,7 @@ def restore(state: TrainingState, content: dict) -> None:
     state.optimizer.load_state_dict(content["optimizer"])
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
     state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
-    state.unpruned, state.best_dice = content["unpruned"], content["best_dice"]
+    state.best_dice = content["best_dice"]
     torch.set_rng_state(content["rng"])
     if content["rng_cuda"] and torch.cuda.device_count() == len(content["rng_cuda"]):
         torch.cuda.set_rng_state_all(content["rng_cuda"])

@@ -1,0 +1,324 @@
+"""What the scripts share: arguments and their checks, the device, and the facts that make a run repeatable."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lib.data import DATASETS
+from lib.distance import DISTANCES, IMPORTANCES
+from lib.error import InputError
+from lib.loss import LOSSES
+from lib.models import MODELS
+
+# Settings that a run may change when it is continued; all others stay what they were.
+CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
+# Flags that say where to start or continue; they are no settings of a run.
+STARTING = {"epoch_start", "model_state", "history", "resume"}
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Run a script's work and return its exit code: 2 after one line on the screen where the input was bad."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of `kind` in [low, high], or (low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and not (open_low and value == low)):
+            bounds = f"{'above' if open_low else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number {bounds}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def defaults_text(key: str) -> str:
+    """The default of a setting that data sets choose, for --help."""
+    values: dict[str, list[str]] = {}
+    for name, dataset in DATASETS.items():
+        if name == dataset.name:
+            value = dataset.patch_size if key == "patch_size" else dataset.defaults[key]
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            values.setdefault(text, []).append(name)
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+
+
+def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of train.py. A flag that was not given is None: `make_config` fills it in."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a Sauron (or nnUNet) segmentation network, pruning its filters on the way.",
+        epilog="Defaults that a data set chooses are listed with its name.",
+    )
+    positive, fraction = number(int, 1), number(float, 0, 1)
+
+    def add(group: argparse._ArgumentGroup, flag: str, text: str, default: str | None = None, **kwargs) -> None:
+        key = kwargs.get("dest", flag.lstrip("-"))
+        group.add_argument(
+            flag, help=f"{text} (default: {defaults_text(key) if default is None else default})", **kwargs
+        )
+
+    data = parser.add_argument_group("data")
+    names = sorted(DATASETS)
+    data.add_argument(
+        "--data", required=False, choices=names, help=f"data set: {', '.join(names)} (needed, but with --resume)"
+    )
+    add(data, "--data_path", "folder of the data set", "$SAURON_DATA/<data>, else data/<data>")
+    add(data, "--cache_path", "folder for preprocessed volumes", "data/preprocessed")
+    add(data, "--split", "training:validation shares of what is no test set, such as 0.9:0.1 or 1:0")
+    add(data, "--seed_data", "seed of the split", type=number(int, 0))
+    add(
+        data,
+        "--num_workers",
+        "processes that load data, 0 for none; results do not depend on it",
+        "cores - 1, at most 4",
+        type=number(int, 0),
+    )
+
+    run = parser.add_argument_group("run")
+    add(run, "--exp_name", "name of the experiment", "unnamed")
+    add(run, "--output", "folder of the runs", "runs")
+    add(run, "--device", "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one", "auto")
+    add(run, "--seed_train", "seed of weights, augmentation and pruning", type=number(int, 0))
+
+    network = parser.add_argument_group("network")
+    add(
+        network,
+        "--model",
+        "sauron or nnunet; nnunet measures no distances and is never pruned",
+        "sauron",
+        choices=sorted(MODELS),
+    )
+    add(network, "--fms_init", "filters of the first level; each level doubles them, up to 480", type=positive)
+    add(network, "--levels", "levels of the network, at least 3", type=number(int, 3, 12))
+    add(
+        network,
+        "--patch_size",
+        "size of the training patch in voxels, a multiple of 2^(levels - 1)",
+        type=positive,
+        nargs="+",
+    )
+    add(
+        network,
+        "--in_filters",
+        "file with the input channels of each block: start with the widths of its last row",
+        "none",
+    )
+    add(network, "--out_filters", "file with the filters of each block, likewise", "none")
+
+    training = parser.add_argument_group("training")
+    add(
+        training,
+        "--loss",
+        "loss function",
+        "DS_CrossEntropyDiceLoss_Distance; for nnunet or --lambda 0 DS_CrossEntropyDiceLoss",
+        choices=sorted(LOSSES),
+    )
+    add(training, "--epochs", "number of epochs", type=positive)
+    add(training, "--batch_size", "patches per step", type=positive)
+    add(training, "--val_interval", "validate every so many epochs", type=positive)
+    add(training, "--optim", "optimizer", choices=["adam", "sgd"])
+    add(
+        training,
+        "--lr",
+        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9",
+        type=number(float, 0, 10, open_low=True),
+    )
+    add(training, "--wd", "weight decay", type=fraction)
+    add(training, "--momentum", "momentum of sgd", type=fraction)
+    add(training, "--nesterov", "True or False: Nesterov momentum for sgd", type=boolean)
+
+    pruning = parser.add_argument_group("pruning")
+    add(
+        pruning,
+        "--lambda",
+        "weight of the distance term of the loss",
+        dest="lambda_",
+        type=number(float, 0, 1e6),
+        metavar="LAMBDA",
+    )
+    add(pruning, "--dist_fun", "delta_opt, the distance in the loss", "euc_norm", choices=sorted(DISTANCES))
+    add(
+        pruning,
+        "--imp_fun",
+        "delta_prune, the distance that is compared with the thresholds",
+        "euc_rand",
+        choices=sorted(IMPORTANCES),
+    )
+    pruning.add_argument(
+        "--no_prune",
+        action="store_true",
+        default=None,
+        help="train with the distance term, delete nothing (default: prune)",
+    )
+    add(pruning, "--tau_max", "largest threshold", type=number(float, 0.001, 1))
+    add(pruning, "--kappa", "number of steps from 0.001 to tau_max", type=positive)
+    add(pruning, "--rho", "patience: epochs between two steps, and losses that are looked back at", type=positive)
+    add(pruning, "--mu", "a block that lost this share of its filters waits", type=fraction)
+
+    start = parser.add_argument_group("continue")
+    add(
+        start,
+        "--resume",
+        "run folder to continue after its last finished epoch, with its own settings",
+        "none",
+        metavar="RUN",
+    )
+    add(start, "--epoch_start", "continue after this epoch", "0", type=number(int, 0))
+    add(start, "--model_state", "saved model (models/model-E) to start from", "none")
+    add(
+        start,
+        "--history",
+        "run folder that holds the optimizer, thresholds, histories and random states of that epoch",
+        "none",
+        metavar="RUN",
+    )
+    args = parser.parse_args(argv)
+    if args.data is None and args.resume is None:
+        parser.error("--data is needed: one of " + ", ".join(names))
+    return args
+
+
+def make_config(args: argparse.Namespace) -> dict:
+    """All settings of a new run: what was given, else the data set's and the published defaults. JSON-able.
+
+    Raises InputError where settings do not fit one another.
+    """
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    dataset = DATASETS[given["data"]]
+    config = {
+        "cache_path": "data/preprocessed",
+        "data_path": None,
+        "exp_name": "unnamed",
+        "output": "runs",
+        "device": "auto",
+        "num_workers": min(4, (os.cpu_count() or 1) - 1),
+        "model": "sauron",
+        "dist_fun": "euc_norm",
+        "imp_fun": "euc_rand",
+        "no_prune": False,
+        "in_filters": None,
+        "out_filters": None,
+        "patch_size": dataset.patch_size,
+        **dataset.defaults,
+        "epoch_start": 0,
+        "model_state": None,
+        **given,
+        "data": dataset.name,
+        "modalities": dataset.modalities,
+        "n_classes": dataset.n_classes,
+        "dim": dataset.dim,
+    }
+    config["patch_size"] = list(config["patch_size"])
+    distances = config["model"] == "sauron" and config["lambda_"] > 0
+    config.setdefault("loss", "DS_CrossEntropyDiceLoss_Distance" if distances else "DS_CrossEntropyDiceLoss")
+    check_config(config)
+    return config
+
+
+def check_config(config: dict) -> None:
+    """Raise InputError where settings do not fit one another."""
+    if config["model"] == "nnunet" and config["loss"] == "DS_CrossEntropyDiceLoss_Distance":
+        raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
+    n_axes = 2 if config["dim"] == "2D" else 3
+    factor = 2 ** (config["levels"] - 1)
+    patch = config["patch_size"]
+    if len(patch) != n_axes:
+        raise InputError(f"--patch_size needs {n_axes} numbers for {config['data']}, not {len(patch)}")
+    for size in patch:
+        if size % factor or size < 2 * factor:
+            raise InputError(
+                f"--patch_size {' '.join(map(str, patch))}: with --levels {config['levels']} each axis must be a "
+                f"multiple of {factor} and at least {2 * factor}, {size} is not"
+            )
+    if config["optim"] == "sgd" and config["nesterov"] and config["momentum"] == 0:
+        raise InputError("--nesterov True needs a --momentum above 0")
+    if config["epoch_start"] and not config["model_state"]:
+        raise InputError("--epoch_start needs --model_state: the model of that epoch")
+
+
+def continued_config(args: argparse.Namespace, saved: dict, run: Path) -> dict:
+    """The settings of a run that is continued: its own, but for those that may change. Raises InputError on others."""
+    config = dict(saved)
+    for key, value in vars(args).items():
+        if value is None or key in STARTING:
+            continue
+        if key == "data":
+            value = DATASETS[value].name
+        if key in CHANGEABLE:
+            config[key] = value
+        elif value != saved.get(key):
+            flag = "--lambda" if key == "lambda_" else f"--{key}"
+            raise InputError(
+                f"{flag} {value}: the run {run} has {saved.get(key)}; leave the flag out, or start a new run"
+            )
+    return config
+
+
+def read_config(run: Path) -> dict:
+    """config.json of a run folder. Raises InputError if it has none."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        if not isinstance(config, dict) or config.get("data") not in DATASETS:
+            raise ValueError("not the settings of a training")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"
+        ) from error
+    return config
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
+    return device
+
+
+def facts() -> dict:
+    """What a run must tell of itself: command, versions, machine, git revision."""
+    packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "git_revision": revision.stdout.strip() or None,
+    }

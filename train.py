@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Train a network: python train.py --data phantom"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from lib import checkpoint
+from lib.callback import callbacks
+from lib.checkpoint import TrainingState
+from lib.data import DATASETS
+from lib.error import InputError
+from lib.log import Log
+from lib.loss import LOSSES
+from lib.models import build_model, summary
+from lib.models.BaseModel import read_state
+from lib.trainer import build_optimizer, fit
+from lib.utils import continued_config, facts, find_device, make_config, parseArguments, read_config, run_script
+
+
+def train(argv: list[str] | None) -> None:
+    args = parseArguments(argv)
+    if args.history and not (args.model_state and args.epoch_start):
+        raise InputError("--history needs --model_state and --epoch_start: the model, and the epoch it was saved after")
+    run = Path(args.resume or args.history) if args.resume or args.history else None
+    if run:
+        epoch = checkpoint.newest_epoch(run) if args.resume else args.epoch_start
+        config = continued_config(args, read_config(run), run)
+        source = Path(args.model_state or run / "models" / f"model-{epoch}")
+        progress = checkpoint.read_training(run / "models" / f"state-{epoch}")
+    else:
+        config = make_config(args)
+        epoch, source, progress = config["epoch_start"], args.model_state and Path(args.model_state), None
+    if epoch >= config["epochs"]:
+        raise InputError(f"--epochs {config['epochs']}: epoch {epoch} is finished; give a larger number to go on")
+    device = find_device(config["device"])
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+
+    torch.manual_seed(config["seed_train"])
+    weights = read_state(source) if source else None
+    model = build_model(config, weights, source)
+    data = DATASETS[config["data"]](
+        data_path=config["data_path"],
+        cache_path=config["cache_path"],
+        split=config["split"],
+        seed_data=config["seed_data"],
+        patch_size=tuple(config["patch_size"]),
+        batch_size=config["batch_size"],
+        num_workers=config["num_workers"],
+        seed_train=config["seed_train"],
+    )
+    data.prepare()
+
+    folder = run or checkpoint.new_run_folder(config)
+    log = Log(folder / "log.txt")
+    if progress is None:
+        checkpoint.write_json(folder / "config.json", config | facts())
+    else:
+        continued = [*config.get("continued", []), {"after_epoch": epoch} | facts()]
+        checkpoint.write_json(folder / "config.json", config | {"continued": continued})
+    log(f"run folder: {folder}")
+    log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
+    if data.n_missing:
+        log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
+    model.initialize(device=device, model_state=source, log=log, isSauron=config["model"] == "sauron")
+
+    state = TrainingState(
+        model, build_optimizer(config, model), folder, log, epoch, validates=bool(data.ids["validation"])
+    )
+    patch_size = tuple(config["patch_size"])
+    state.unpruned = summary(build_model(config | {"in_filters": None, "out_filters": None}), patch_size)
+    if progress is not None:
+        checkpoint.restore(state, progress)
+    pruning = None
+    if config["model"] == "sauron" and not config["no_prune"]:
+        pruning = {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
+        if not state.validates:
+            log("no validation set: thresholds rise by the training loss alone")
+    loss = LOSSES[config["loss"]]
+    criterion = loss(config["lambda_"]) if loss.uses_distances else loss()
+    with SummaryWriter(folder, purge_step=epoch + 1) as writer:
+        fit(
+            state,
+            criterion,
+            data,
+            callbacks(
+                patch_size=patch_size,
+                epochs=config["epochs"],
+                class_names=data.class_names,
+                writer=writer,
+                pruning=pruning,
+            ),
+            epochs=config["epochs"],
+            lr=config["lr"],
+            val_interval=config["val_interval"],
+            prune=pruning is not None,
+            device=device,
+        )
+    for key, before in state.unpruned.items():
+        now = state.rows[-1][key]
+        log(f"{key:<10} {before:>15,} -> {now:>15,} ({100 * now / before:.1f}%)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(partial(train, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
