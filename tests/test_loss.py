@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib.loss import (
+    DS_CrossEntropyDiceLoss,
+    DS_CrossEntropyDiceLoss_Distance,
+    cross_entropy,
+    dice_loss,
+    resize_labels,
+)
+
+
+def test_cross_entropy_by_hand():
+    # two voxels with p(true) = 1/2 and 1/4
+    p = torch.tensor([[[[0.5, 0.75]], [[0.5, 0.25]]]])
+    y = torch.tensor([[[0, 1]]])
+    assert cross_entropy(p, y).item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+def test_dice_loss_by_hand():
+    # class 0: sum(p y) = 0.5, sum(p) = 1.25, sum(y) = 1; class 1: 0.25, 0.75, 1
+    p = torch.tensor([[[[0.5, 0.75]], [[0.5, 0.25]]]])
+    y = torch.tensor([[[0, 1]]])
+    assert dice_loss(p, y).item() == pytest.approx(1 - (1 / 2.25 + 0.5 / 1.75) / 2)
+
+
+def test_dice_loss_of_a_class_that_is_nowhere_is_finite():
+    p = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
+    y = torch.zeros(1, 1, 2, dtype=torch.int64)
+    assert dice_loss(p, y).item() == pytest.approx(0.5)  # Dice 1 for the background, 0 for the absent class
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 4, 8, 4)])
+def test_loss_equals_literal_formula(shape):
+    labels = torch.randint(0, 3, shape)
+    outputs = [
+        torch.softmax(torch.randn(shape[0], 3, *(size // 2**k for size in shape[1:])), 1).requires_grad_()
+        for k in range(2)
+    ]
+    expected = 0
+    for k, p in enumerate(outputs):
+        steps = (slice(None), *[slice(None, None, 2**k)] * (len(shape) - 1))
+        y = F.one_hot(labels[steps], 3).movedim(-1, 1).float()
+        ce = -(y * p.log()).sum(1).mean()
+        axes = tuple(range(2, y.ndim))
+        dice = 2 * (p * y).sum(axes) / (p.sum(axes) + y.sum(axes) + 1e-8)
+        expected = expected + ce + 1 - dice.mean()
+    loss = DS_CrossEntropyDiceLoss()(outputs, labels)
+    torch.testing.assert_close(loss, expected)
+    delta_opt = {"a": torch.tensor([[0.2, 0.4]]), "b": torch.empty(1, 0), "c": torch.tensor([[0.6]])}
+    total = DS_CrossEntropyDiceLoss_Distance(0.5)(outputs, labels, delta_opt)
+    assert (total - loss).item() == pytest.approx(0.5 * (0.3 + 0 + 0.6) / 3, abs=1e-6)
+
+
+def test_targets_are_not_transposed_and_keep_every_second_voxel():
+    labels = torch.arange(24).reshape(1, 4, 6)
+    assert resize_labels(labels, torch.Size([2, 3])).tolist() == [[[0, 2, 4], [12, 14, 16]]]
+
+
+def test_odd_sizes_follow_the_head():
+    assert resize_labels(torch.arange(5).reshape(1, 1, 5).expand(1, 5, 5), torch.Size([3, 3])).shape == (1, 3, 3)
+
+
+def test_gradients_are_finite_where_a_probability_is_zero():
+    logits = torch.tensor([[200.0, -200.0]]).reshape(1, 2, 1, 1).expand(1, 2, 4, 4).clone().requires_grad_()
+    loss = DS_CrossEntropyDiceLoss()([logits.softmax(1)], torch.ones(1, 4, 4, dtype=torch.int64))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
