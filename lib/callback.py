@@ -86,7 +86,8 @@ def _end_epoch_log(state: TrainingState, epochs: int) -> None:
         dice = " ".join("-" if d is None else f"{d:.3f}" for d in row["val_dice"][1:])
         parts += [f"val {row['val_loss']:.4f}", f"Dice {dice}"]
     parts.append(f"filters {row['filters']}")
-    parts += [f"{key} {100 * row[key] / state.unpruned[key]:.1f}%" for key in ("parameters", "flops")]
+    for name, key in (("parameters", "parameters"), ("FLOPs", "flops")):
+        parts.append(f"{name} {100 * row[key] / state.unpruned[key]:.1f}%")
     if row.get("tau"):
         parts.append(f"tau {max(row['tau'].values()):.3f}")
     recent = [r["seconds"] for r in state.rows[-5:]]

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from lib.callback import _end_epoch_log, _end_epoch_measure, _end_epoch_prune, _end_epoch_save_best
+from lib.checkpoint import TrainingState
+from lib.models import Sauron, summary
+
+RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02}
+
+
+@pytest.fixture
+def state(tmp_path):
+    (tmp_path / "models").mkdir()
+    torch.manual_seed(0)
+    model = Sauron(1, 3, 4, 3)
+    model.initialize()
+    lines = []
+    state = TrainingState(model, torch.optim.Adam(model.parameters()), tmp_path, lines.append, epoch=1)
+    state.lines = lines
+    state.unpruned = summary(model, (8, 8))
+    state.rows = [row(1.0, 1.0)]
+    state.delta_prune = {
+        block.name: (torch.ones(block.out_filters).index_fill(0, torch.tensor(0), 0), 0)
+        for block in model.blocks()
+        if not block.head
+    }
+    return state
+
+
+def row(train_loss, val_loss, dice=(0.9, 0.5, None)):
+    return {"train_loss": train_loss, "val_loss": val_loss, "val_dice": list(dice), "seconds": 2.0, "lr": 0.1}
+
+
+def test_nothing_goes_while_all_distances_are_large(state):
+    _end_epoch_prune(state, **RULE)
+    _end_epoch_measure(state, (8, 8))
+    assert state.rows[-1]["filters"] == state.unpruned["filters"]
+    assert set(state.rows[-1]["tau"].values()) == {0.001}
+
+
+def test_filters_closer_than_tau_go_and_the_reference_stays(state):
+    state.delta_prune["enc_ConvBlock_2"] = (torch.tensor([0.0009, 0.0, 0.0011, 0.5]), 1)
+    kept = state.model.encoder[1].seq[0].weight[1:].clone()
+    _end_epoch_prune(state, **RULE)
+    _end_epoch_measure(state, (8, 8))
+    assert state.rows[-1]["out_filters"]["enc_ConvBlock_2"] == 3
+    assert state.rows[-1]["in_filters"]["enc_ConvBlock_3"] == 3
+    assert state.model.encoder[1].seq[0].weight.equal(kept)
+    threshold = state.thresholds["enc_ConvBlock_2"]
+    assert (threshold.lost, threshold.filters_before) == (1, 4)
+
+
+def test_a_block_that_lost_filters_waits_while_the_others_rise(state):
+    state.delta_prune["enc_ConvBlock_2"] = (torch.tensor([0.0, 0.0, 1.0, 1.0]), 1)
+    _end_epoch_prune(state, **RULE)
+    state.rows.append(row(1.0, 1.0))  # settled: rho = 1
+    state.delta_prune["enc_ConvBlock_2"] = (torch.ones(3), 0)
+    _end_epoch_prune(state, **RULE)
+    assert state.rows[-1]["tau"]["enc_ConvBlock_2"] == 0.001
+    assert state.rows[-1]["tau"]["enc_ConvBlock_1"] == pytest.approx(0.001 + 0.299 / 15)
+    assert state.rows[-1]["patience"]["enc_ConvBlock_1"] == 1
+
+
+def test_without_a_validation_set_the_training_loss_decides(state):
+    state.validates = False
+    state.rows = [row(1.0, None), row(1.0, None)]
+    _end_epoch_prune(state, **RULE)
+    assert state.rows[-1]["tau"]["enc_ConvBlock_1"] > 0.001
+
+
+def test_a_block_of_one_filter_is_left_alone(state):
+    model = Sauron(1, 3, 4, 3, filters={"out": {"enc_ConvBlock_2": 1}})
+    state.model, state.optimizer = model, torch.optim.Adam(model.parameters())
+    state.delta_prune["enc_ConvBlock_2"] = (torch.zeros(1), 0)
+    _end_epoch_prune(state, **RULE)
+    assert model.encoder[1].seq[0].out_channels == 1
+
+
+def test_best_model_is_by_mean_foreground_dice(state):
+    best = state.folder / "models" / "model-best"
+    _end_epoch_save_best(state)
+    assert state.best_dice == 0.5  # background and absent classes do not count
+    first = best.read_bytes()
+    torch.nn.init.zeros_(state.model.encoder[0].seq[0].weight)
+    state.rows.append(row(1, 1, dice=(1.0, 0.4, 0.5)))
+    _end_epoch_save_best(state)
+    assert best.read_bytes() == first
+    state.rows.append(row(1, 1, dice=(0.1, 0.6, 0.7)))
+    _end_epoch_save_best(state)
+    assert best.read_bytes() != first
+    assert state.best_dice == pytest.approx(0.65)
+
+
+def test_the_line_of_an_epoch(state):
+    _end_epoch_prune(state, **RULE)
+    _end_epoch_measure(state, (8, 8))
+    _end_epoch_log(state, epochs=61)
+    assert state.lines == [
+        "epoch 1/61 | loss 1.0000 | val 1.0000 | Dice 0.500 - | filters 92 | parameters 100.0% | FLOPs 100.0% "
+        "| tau 0.001 | 2.0 s | ETA 0:02:00"
+    ]

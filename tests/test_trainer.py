@@ -1,0 +1,152 @@
+import copy
+
+import pytest
+import torch
+
+from lib import checkpoint
+from lib.checkpoint import TrainingState
+from lib.error import InputError
+from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
+from lib.models import Sauron, nnUNet
+from lib.trainer import build_optimizer, compute_loss, fit, overlap, poly_lr, validate
+
+CPU = torch.device("cpu")
+
+
+class TinyData:
+    """Two batches an epoch, drawn from the epoch's number; one validation volume."""
+
+    n_classes, batch_size = 2, 2
+
+    def n_train_batches(self):
+        return 2
+
+    def train_batches(self, epoch):
+        generator = torch.Generator().manual_seed(epoch)
+        for _ in range(2):
+            image = torch.randn(2, 1, 8, 8, generator=generator)
+            yield {"image": image, "label": (image[:, 0] > 0).long(), "id": ["a", "b"]}
+
+    def validation_volumes(self):
+        image = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        yield {"image": image, "label": (image[:, 0] > 0).long(), "id": "v"}
+
+
+def make_state(folder, epoch=0, kind=Sauron):
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    model = kind(1, 2, 2, 3)
+    model.initialize()
+    return TrainingState(model, torch.optim.Adam(model.parameters(), lr=1), folder, print, epoch)
+
+
+def run(state, callbacks=(), epochs=4, prune=True, data=None):
+    settings = {"epochs": epochs, "lr": 1e-2, "val_interval": 2, "prune": prune, "device": CPU}
+    fit(state, DS_CrossEntropyDiceLoss_Distance(0.5), data or TinyData(), callbacks, **settings)
+
+
+def test_learning_rate_falls_to_zero_over_the_epochs():
+    assert poly_lr(0.1, 1, 500) == 0.1
+    assert poly_lr(0.1, 251, 500) == pytest.approx(0.1 * 0.5**0.9)
+    assert poly_lr(0.1, 500, 500) == pytest.approx(0.1 * 0.002**0.9)
+
+
+def test_epochs_validation_and_callbacks_come_in_order(tmp_path):
+    state, seen = make_state(tmp_path), []
+    run(
+        state,
+        [lambda s: seen.append(("first", s.epoch, len(s.delta_prune))), lambda s: seen.append(("second", s.epoch))],
+    )
+    assert seen == [x for e in range(1, 5) for x in (("first", e, 12), ("second", e))]
+    assert [row["val_loss"] is None for row in state.rows] == [True, False, True, False]
+    assert list(state.validation) == ["2", "4"]
+    assert state.rows[-1]["train_loss"] < state.rows[0]["train_loss"]
+
+
+def test_delta_prune_is_measured_in_the_last_batch_only(tmp_path, monkeypatch):
+    state = make_state(tmp_path)
+    calls = []
+    measure = state.model.imp_fun
+    monkeypatch.setattr(state.model, "imp_fun", lambda h, sf: calls.append(h.shape) or measure(h, sf))
+    run(state, epochs=1)
+    assert len(calls) == len(state.delta_prune) == 12
+
+
+def test_a_stopped_and_continued_training_is_bit_for_bit_the_same(tmp_path):
+    whole = make_state(tmp_path / "whole")
+    run(whole)
+    half = make_state(tmp_path / "half")
+
+    def stop(state):
+        checkpoint.save(state)
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(half, [stop])
+    torch.manual_seed(12345)
+    again = make_state(tmp_path / "again")
+    again.model.initialize(model_state=tmp_path / "half" / "models" / "model-2")
+    checkpoint.restore(again, checkpoint.read_training(tmp_path / "half" / "models" / "state-2"))
+    run(again)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert a.equal(b)
+    assert [r["train_loss"] for r in again.rows] == [r["train_loss"] for r in whole.rows]
+    for name, (delta, r) in whole.delta_prune.items():
+        assert delta.equal(again.delta_prune[name][0])
+        assert r == again.delta_prune[name][1]
+
+
+def test_loss_that_is_not_finite_names_the_subjects_and_keeps_the_weights(tmp_path):
+    class Broken(TinyData):
+        def train_batches(self, epoch):
+            yield {"image": torch.full((2, 1, 8, 8), torch.nan), "label": torch.zeros(2, 8, 8).long(), "id": ["q", "p"]}
+
+    state = make_state(tmp_path)
+    before = copy.deepcopy(state.model.state_dict())
+    with pytest.raises(InputError, match="nan in epoch 1, on images of p, q"):
+        run(state, data=Broken())
+    assert all(value.equal(before[key]) for key, value in state.model.state_dict().items())
+
+
+def test_validation_dice_by_hand():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            foreground = (x[:, :1] > 0).float().clamp(0.01, 0.99)
+            return [torch.cat([1 - foreground, foreground], 1)]
+
+    class Data(TinyData):
+        def validation_volumes(self):
+            image = torch.tensor([1.0, 1.0, -1.0, -1.0]).reshape(1, 1, 2, 2)
+            yield {"image": image, "label": torch.tensor([[[1, 0], [0, 0]]]), "id": "one"}
+            yield {"image": -image.abs(), "label": torch.zeros(1, 2, 2).long(), "id": "empty"}
+
+    loss, dice, scores = validate(Fixed(), DS_CrossEntropyDiceLoss(), Data(), CPU)
+    assert scores == {"one": [0.8, 2 / 3], "empty": [1.0, None]}  # 2 TP / (predicted + true)
+    assert dice == [pytest.approx(0.9), pytest.approx(2 / 3)]
+    assert loss > 0
+
+
+def test_overlap_counts():
+    prediction, truth = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2])
+    assert overlap(prediction, truth, 3).tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 2]]
+
+
+def test_lambda_changes_the_gradient_and_a_plain_network_needs_no_distances(tmp_path):
+    batch = next(iter(TinyData().train_batches(1)))
+    model = make_state(tmp_path).model
+    plain, _ = compute_loss(model, DS_CrossEntropyDiceLoss(), batch["image"], batch["label"])
+    total, measured = compute_loss(model, DS_CrossEntropyDiceLoss_Distance(0.5), batch["image"], batch["label"], True)
+    mean = torch.stack([d.mean() for d in model(batch["image"], delta_opt=True).delta_opt.values()]).mean()
+    torch.testing.assert_close(total, plain + 0.5 * mean)
+    assert len(measured.delta_prune) == 12
+    same = make_state(tmp_path, kind=nnUNet).model
+    torch.testing.assert_close(compute_loss(same, DS_CrossEntropyDiceLoss(), batch["image"], batch["label"])[0], plain)
+
+
+def test_optimizers_take_their_settings():
+    model = nnUNet(1, 2, 2, 3)
+    adam = build_optimizer({"optim": "adam", "lr": 0.5, "wd": 0.25}, model)
+    assert (type(adam).__name__, adam.defaults["lr"], adam.defaults["weight_decay"]) == ("Adam", 0.5, 0.25)
+    sgd = build_optimizer({"optim": "sgd", "lr": 0.5, "wd": 0.25, "momentum": 0.75, "nesterov": False}, model)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.75, False)
