@@ -40,18 +40,20 @@ def draw(output: Path) -> None:
     """Write the picture to `output` (PNG). Raises InputError if it cannot be written."""
     matplotlib.use("Agg")
     style = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
-    temporary = output.with_name(f".{output.stem}-{os.getpid()}.png")
+    temporary = output.parent / f".{output.stem}-{os.getpid()}.png"
     with torch.random.fork_rng(devices=[]), plt.rc_context(style):
         torch.manual_seed(0)
         figure = _figure(_redundant_network(), _slice())
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, dpi=150, facecolor="white")
-            os.replace(temporary, output)
+            try:
+                figure.savefig(temporary, dpi=150, facecolor="white")
+                os.replace(temporary, output)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"--output {output}: cannot be written ({error.strerror}); give another file") from error
         finally:
-            temporary.unlink(missing_ok=True)
             plt.close(figure)
 
 
