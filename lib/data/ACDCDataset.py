@@ -1,0 +1,61 @@
+"""ACDC: short-axis cine MRI of the heart (Bernard et al., IEEE TMI 2018)."""
+
+import re
+from pathlib import Path
+
+from lib.data.BaseDataset import BaseDataset
+from lib.data.cache import SubjectFiles
+from lib.data.preprocessing import Preprocessing
+
+
+class ACDCDataset(BaseDataset):
+    """100 patients, two frames each: 2D slices of 1.25 x 1.25 mm. `data_path` holds training/ or the patients."""
+
+    name = "acdc"
+    aliases = ("acdc17",)
+    folder = "acdc"
+    layout = "[training/]patientNNN/patientNNN_frameFF.nii.gz (ground truth: patientNNN_frameFF_gt.nii.gz)"
+    how_to_get = (
+        "Register at https://www.creatis.insa-lyon.fr/Challenge/acdc/, download the training set and unpack it as "
+        "FOLDER/training/patient001, FOLDER/training/patient002, ..."
+    )
+    class_names = ("background", "RV cavity", "myocardium", "LV cavity")
+    dim = "2D"
+    preprocessing = Preprocessing(spacing_mm=(1.25, 1.25, None))
+    patch_size = (320, 320)
+    cases = range(1, 101)
+    test_share = 0.2
+    defaults = {
+        "fms_init": 48,
+        "levels": 7,
+        "epochs": 500,
+        "batch_size": 10,
+        "lr": 1e-3,
+        "wd": 1e-5,
+        "optim": "adam",
+        "momentum": 0.99,
+        "nesterov": True,
+        "val_interval": 2,
+        "split": "0.9:0.1",
+        "seed_train": 42,
+        "seed_data": 42,
+        "lambda_": 0.5,
+        "tau_max": 0.3,
+        "kappa": 15,
+        "rho": 5,
+        "mu": 0.02,
+    }
+
+    @classmethod
+    def find(cls, root: Path) -> list[SubjectFiles]:
+        """Both frames of every patient; the whole cine (`_4d`) is left aside."""
+        for folder in (root / "training", root):
+            found = {}
+            for path in sorted(folder.glob("patient*/patient*_frame*.nii*")):
+                name = re.fullmatch(r"(patient\d{3}_frame\d{2})(\.nii|\.nii\.gz)", path.name)
+                if name and path.parent.name == name[1][:10]:
+                    label = path.with_name(f"{name[1]}_gt{name[2]}")
+                    found[name[1]] = SubjectFiles(name[1], path, label if label.is_file() else None)
+            if found:
+                return list(found.values())
+        return []

@@ -1,0 +1,9 @@
+"""The data sets by name: the only registry."""
+
+from lib.data.ACDCDataset import ACDCDataset
+from lib.data.BaseDataset import BaseDataset
+from lib.data.PhantomDataset import PhantomDataset
+
+DATASETS: dict[str, type[BaseDataset]] = {
+    name: dataset for dataset in (ACDCDataset, PhantomDataset) for name in (dataset.name, *dataset.aliases)
+}

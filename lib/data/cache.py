@@ -1,0 +1,101 @@
+"""Preprocessed volumes on disk, uncompressed; a folder per subject, which appears complete or not at all."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchio as tio
+
+from lib.data.preprocessing import Preprocessing, read_image, read_label, standardize, standardize_label
+from lib.error import InputError
+
+VERSION = 1  # raise it whenever the same parameters give other voxels or other files
+
+
+@dataclass(frozen=True)
+class SubjectFiles:
+    """One image and, where it has one, its ground truth."""
+
+    id: str
+    image: Path
+    label: Path | None
+
+
+def is_fresh(files: SubjectFiles, folder: Path) -> bool:
+    """Whether `folder` holds what `store` made from these very files, unchanged since (path, size, time)."""
+    try:
+        return json.loads((folder / "meta.json").read_text())["sources"] == _sources(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def store(files: SubjectFiles, folder: Path, preprocessing: Preprocessing, n_classes: int) -> None:
+    """Preprocess one subject into `folder`: image.npy (1, X, Y, Z) float32, label.npy (X, Y, Z) uint8, and meta.json
+    with affine, padding and sources.
+
+    Raises InputError if a file is broken, the label does not fit the image, or the folder cannot be written.
+    """
+    sources = _sources(files)
+    image = read_image(files.image)
+    arrays = {}
+    if files.label is not None:
+        label = read_label(files.label, n_classes)
+        if label.shape != image.shape:
+            raise InputError(f"{files.label}: its shape {label.spatial_shape} is not the image's {image.spatial_shape}")
+        if not np.allclose(label.affine, image.affine, rtol=1e-4, atol=1e-3):
+            raise InputError(f"{files.label}: its affine is not that of {files.image}; mend the one that is wrong")
+        label.affine = image.affine
+        arrays["label.npy"] = standardize_label(label, preprocessing).numpy()
+    tensor, affine, padding = standardize(image, preprocessing)
+    arrays["image.npy"] = tensor.numpy()
+    meta = {"affine": affine.tolist(), "padding": padding, "sources": sources}
+    try:
+        _write(folder, arrays, meta)
+    except OSError as error:
+        raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
+
+
+def load(folder: Path) -> tio.Subject:
+    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id"."""
+    affine = np.array(json.loads((folder / "meta.json").read_text())["affine"])
+    image = tio.ScalarImage(tensor=torch.from_numpy(np.load(folder / "image.npy")), affine=affine)
+    subject = tio.Subject(image=image, id=folder.name)
+    if (folder / "label.npy").exists():
+        label = torch.from_numpy(np.load(folder / "label.npy"))[None]
+        subject.add_image(tio.LabelMap(tensor=label, affine=affine), "label")
+    return subject
+
+
+def n_slices(folder: Path) -> int:
+    """The size of the volume's last axis, without reading the volume."""
+    return np.load(folder / "image.npy", mmap_mode="r").shape[-1]
+
+
+def _sources(files: SubjectFiles) -> list[list]:
+    paths = [path.resolve() for path in (files.image, files.label) if path is not None]
+    try:
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """Write into a temporary folder beside `folder`, then take its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        for name, array in arrays.items():
+            np.save(new / name, array)
+        (new / "meta.json").write_text(json.dumps(meta))
+        if folder.exists():
+            os.rename(folder, Path(temporary) / "old")
+        try:
+            os.rename(new, folder)
+        except OSError:  # another run has just finished the same subject
+            if not (folder / "meta.json").exists():
+                raise

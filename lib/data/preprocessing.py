@@ -1,0 +1,175 @@
+"""From a NIfTI file to the volume that the network sees, and from its output back to the file's own grid."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchio as tio
+from torch import Tensor
+
+from lib.error import InputError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to every volume of a data set, in this order; axes are those of the stored array.
+
+    spacing_mm: the voxel size to resample to, None for an axis that stays as it is.
+    clip: lowest and highest intensity, or None. shift, scale: intensities become (x - shift) / scale; None: they stay.
+    min_size: voxels per axis to which smaller volumes are padded centrally with zeros, or None.
+    zscore: whether the z-score is taken here, before the augmentation (which always ends with one).
+    """
+
+    spacing_mm: tuple[float | None, float | None, float | None]
+    clip: tuple[float, float] | None = None
+    shift: float = 0.0
+    scale: float | None = None
+    min_size: tuple[int, int, int] | None = None
+    zscore: bool = True
+
+
+class Preprocessed(NamedTuple):
+    """tensor: (1, X', Y', Z') float32; affine: 4x4, voxel to world (RAS+ mm) of this tensor, padding included;
+    padding: voxels added before and after each axis (x0, x1, y0, y1, z0, z1)."""
+
+    tensor: Tensor
+    affine: np.ndarray
+    padding: tuple[int, ...]
+
+
+def read_image(path: str | Path) -> tio.ScalarImage:
+    """A NIfTI file as (1, X, Y, Z) float32 in its own array order and affine, never reoriented.
+
+    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has NaN
+    or infinite voxels, or an affine that maps no volume to a volume.
+    """
+    try:
+        nifti = nib.load(path)
+        array = np.asarray(nifti.dataobj, dtype=np.float32)
+        affine = np.asarray(nifti.affine, dtype=float)
+    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim != 3 or array.size == 0:
+        raise InputError(f"{path}: must be one 3D volume, but its shape is {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: has NaN or infinite voxels; replace them")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: its affine matrix is not finite or not invertible; mend the header")
+    return tio.ScalarImage(tensor=torch.from_numpy(array)[None], affine=affine)
+
+
+def read_label(path: str | Path, n_classes: int) -> tio.LabelMap:
+    """A label file as (1, X, Y, Z) uint8. Raises InputError as `read_image`, or for values other than the classes'."""
+    label = read_image(path)
+    for value in label.data.unique().tolist():
+        if value not in range(n_classes):
+            raise InputError(f"{path}: has the label {value:g}, but the labels of this data set are 0..{n_classes - 1}")
+    return tio.LabelMap(tensor=label.data.byte(), affine=label.affine)
+
+
+def zscore(tensor: Tensor) -> Tensor:
+    """(x - mean) / population standard deviation of the whole volume (any shape) as float32; zeros if it is constant.
+
+    The sums are numpy's: in double precision, and the same whatever the number of threads.
+    """
+    array = tensor.numpy()
+    mean, std = array.mean(dtype=np.float64), array.std(dtype=np.float64)
+    if array.min() == array.max():
+        return torch.zeros(tensor.shape)
+    return torch.from_numpy(((array - np.float32(mean)) / np.float32(std)).astype(np.float32, copy=False))
+
+
+def preprocess(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:
+    """The network's input: `standardize`, and the z-score whatever `preprocessing.zscore` says."""
+    tensor, affine, padding = standardize(image, preprocessing)
+    return Preprocessed(zscore(tensor), affine, padding)
+
+
+def standardize(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:
+    """Resample (linearly, in world space), clip, shift and scale, pad, and z-score if asked for: what is cached."""
+    grid = _grid(image, preprocessing.spacing_mm)
+    tensor = tio.Resample(grid)(image).data
+    if preprocessing.clip is not None:
+        tensor = tensor.clamp(*preprocessing.clip)
+    if preprocessing.scale is not None:
+        tensor = (tensor - preprocessing.shift) / preprocessing.scale
+    tensor, affine, padding = _pad(tensor, grid[1], preprocessing.min_size)
+    return Preprocessed(zscore(tensor) if preprocessing.zscore else tensor.float(), affine, padding)
+
+
+def standardize_label(label: tio.LabelMap, preprocessing: Preprocessing) -> Tensor:
+    """(X', Y', Z') uint8: nearest neighbours on the very grid that `standardize` gives an image of the same grid."""
+    grid = _grid(label, preprocessing.spacing_mm)
+    return _pad(tio.Resample(grid)(label).data, grid[1], preprocessing.min_size).tensor[0].byte()
+
+
+def to_original_grid(
+    probabilities: Tensor, affine: np.ndarray, padding: tuple[int, ...], reference: tio.Image
+) -> Tensor:
+    """(K, X', Y', Z') on the preprocessed grid -> (K, X, Y, Z) float32 on the grid of `reference` (the image as read).
+
+    Takes the padding off and resamples linearly in world space, one class at a time; voxels of the original beyond
+    the outermost preprocessed ones get the nearest value.
+    """
+    x0, x1, y0, y1, z0, z1 = padding
+    _, x, y, z = probabilities.shape
+    cropped = probabilities[:, x0 : x - x1, y0 : y - y1, z0 : z - z1].float()
+    affine = _shifted(affine, (x0 - 1, y0 - 1, z0 - 1))  # of the cropped volume with its border repeated once
+    back = tio.Resample((reference.spatial_shape, reference.affine))
+    result = torch.empty(len(probabilities), *reference.spatial_shape)
+    for k, volume in enumerate(cropped):
+        bordered = F.pad(volume[None, None], (1,) * 6, mode="replicate")[0]
+        result[k] = back(tio.ScalarImage(tensor=bordered, affine=affine)).data[0]
+    return result
+
+
+def crop_or_pad(tensor: Tensor, shape: tuple[int | None, ...], crop: bool = True) -> Tensor:
+    """Crop or pad the last axes of (..., *spatial) centrally to `shape` (None: leave the axis), with zeros.
+
+    An odd voxel more is cropped or added at the start, as in torchio. Without `crop` axes that are longer stay.
+    """
+    pads = []
+    for size, wanted in zip(tensor.shape[-len(shape) :], shape, strict=True):
+        more = 0 if wanted is None or (wanted < size and not crop) else wanted - size
+        start = int(np.sign(more)) * ((abs(more) + 1) // 2)
+        pads = [start, more - start, *pads]  # F.pad begins with the last axis
+    return F.pad(tensor, pads)
+
+
+def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+    """(shape, affine) of the image resampled to `spacing_mm`: the same centre, and no larger than the original.
+
+    torchio's own rule, but for its rounding, which can lose a slice of an axis that should stay as it is.
+    """
+    old_mm, size = np.array(image.spacing), np.array(image.spatial_shape)
+    new_mm = np.array([old if new is None else new for old, new in zip(old_mm, spacing_mm, strict=True)])
+    new_size = np.where(size == 1, 1, np.floor(size * old_mm / new_mm + 1e-6)).astype(int)
+    new_size = np.maximum(new_size, 1)
+    affine = image.affine.copy()
+    affine[:3, :3] *= new_mm / old_mm
+    affine[:3, 3] += image.affine[:3, :3] @ ((size - 1) / 2) - affine[:3, :3] @ ((new_size - 1) / 2)
+    return tuple(new_size.tolist()), affine
+
+
+def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:
+    """Pad (1, X, Y, Z) centrally with zeros to at least `min_size`."""
+    if min_size is None:
+        return Preprocessed(tensor, affine, (0,) * 6)
+    missing = [max(0, wanted - size) for wanted, size in zip(min_size, tensor.shape[1:], strict=True)]
+    before = [(n + 1) // 2 for n in missing]
+    padding = tuple(n for start, total in zip(before, missing, strict=True) for n in (start, total - start))
+    return Preprocessed(crop_or_pad(tensor, min_size, crop=False), _shifted(affine, [-n for n in before]), padding)
+
+
+def _shifted(affine: np.ndarray, voxels) -> np.ndarray:
+    """The affine of a grid whose first voxel is the voxel `voxels` of the given one."""
+    shifted = affine.copy()
+    shifted[:3, 3] += affine[:3, :3] @ np.asarray(voxels, float)
+    return shifted
