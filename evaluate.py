@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Compare predictions with the ground truth: python evaluate.py --data acdc --pred out/predictions"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lib.error import InputError
+from lib.evaluation import evaluate, find_pairs, format_table, read_model_summary
+from lib.metric import TOLERANCE_MM
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
+    # Imported here because the worker processes import this file too, and what they do needs no torch.
+    from lib.checkpoint import write_json
+    from lib.data import DATASETS
+    from lib.utils import number, run_script
+
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    add = parser.add_argument
+    add("--data", required=True, choices=sorted(DATASETS), help="the data set whose classes these are (required)")
+    add("--pred", required=True, type=Path, help="folder of the predictions, <id>.nii.gz (required)")
+    add("--gt", type=Path, help="folder of the ground truth, as the data set's or flat (default: the data set's own)")
+    add("--output", type=Path, default=Path("results.json"), help="the JSON file to write (default: results.json)")
+    add("--tolerance", type=number(float, 0), default=TOLERANCE_MM, help="of the surface Dice, mm (default: 1.64)")
+    add("--num_workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: one per CPU core)")
+    add("--overwrite", action="store_true", help="replace an existing --output (default: refuse)")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        if args.output.exists() and not args.overwrite:
+            raise InputError(f"--output {args.output}: exists already; give --overwrite or another --output")
+        dataset = DATASETS[args.data]
+        folders = [Path(root) / dataset.folder for root in (os.environ.get("SAURON_DATA", "data"), "data")]
+        own = next((folder for folder in folders if folder.is_dir()), folders[0])
+        pairs = find_pairs(args.pred, args.gt or own)
+        summary = read_model_summary(args.pred)
+        results = evaluate(pairs, len(dataset.class_names), args.tolerance, args.num_workers)
+        print(format_table(results, dataset.class_names, summary))
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.output, results)
+        except OSError as error:
+            raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
+
+    return run_script(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
