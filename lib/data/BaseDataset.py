@@ -52,6 +52,7 @@ class BaseDataset:
     layout: ClassVar[str]  # of the files, for the message that they are missing
     how_to_get: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]  # by label; the first is the background
+    n_classes: ClassVar[int]  # their number, background included: filled in for the subclass
     modalities: ClassVar[int] = 1
     dim: ClassVar[str]  # "2D" (slices along the last axis) or "3D"
     preprocessing: ClassVar[Preprocessing]
@@ -86,10 +87,9 @@ class BaseDataset:
         self.cache = Path(cache_path) / f"{self.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
         self._prepared = set()
 
-    @property
-    def n_classes(self) -> int:
-        """Background included."""
-        return len(self.class_names)
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "class_names"):
+            cls.n_classes = len(cls.class_names)
 
     @classmethod
     def find(cls, root: Path) -> list[SubjectFiles]:
