@@ -1,0 +1,119 @@
+"""Sliding windows, mirroring, and the way back to the original grid (paper section 4.2, "prediction")."""
+
+import gzip
+import itertools
+import math
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.spatialimages import SpatialImage
+from torch import Tensor, nn
+
+from lib.checkpoint import write_atomically
+from lib.data.preprocessing import Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
+
+
+class Prediction(NamedTuple):
+    labels: SpatialImage  # uint8, the shape of the original file
+    probabilities: SpatialImage  # float32 (X, Y, Z, n_classes)
+
+
+def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
+    """The windows of one axis of `size` >= `patch` voxels, at least half overlapping: voxels and weights (patch,).
+
+    The weights are Gaussian (sigma = patch / 8) and divided so that they sum to 1 at every voxel; their products over
+    the axes then do so too, and a single window needs no weights: it gets ones.
+    """
+    steps = math.ceil((size - patch) / max(patch // 2, 1))
+    starts = [round(i * (size - patch) / steps) for i in range(steps + 1)] if steps else [0]
+    sides = [slice(start, start + patch) for start in starts]
+    offset = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
+    gaussian = torch.exp(-0.5 * (offset / (patch / 8)) ** 2)
+    total = torch.zeros(size, dtype=torch.float64)
+    for side in sides:
+        total[side] += gaussian
+    return [(side, (gaussian / total[side]).float()) for side in sides]
+
+
+@torch.inference_mode()
+def predict_volume(
+    model: nn.Module, volume: Tensor, patch_size: tuple[int, ...], tta: bool = True, batch_size: int = 8
+) -> Tensor:
+    """Probabilities (n_classes, X, Y, Z), float32 on the CPU, of a preprocessed volume (modalities, X, Y, Z).
+
+    A patch of two sizes takes the slices along the last axis one by one, a patch of three the volume. Windows of the
+    patch overlap by half under Gaussian weights; axes smaller than it are padded centrally with zeros. `tta` averages
+    over all mirrorings of the spatial axes (4 in 2D, 8 in 3D). `batch_size` patches, over slices, windows and
+    mirrorings, go through the model at once, on the device that it is on.
+    """
+    flat = len(patch_size) == 2
+    items = volume.movedim(3, 0) if flat else volume[None]  # (N, modalities, *spatial)
+    size = items.shape[2:]
+    items = crop_or_pad(items, patch_size, crop=False)
+    result = torch.zeros(len(items), model.n_classes, *items.shape[2:])
+
+    n_axes = len(patch_size) if tta else 0
+    mirrorings = [m for n in range(n_axes + 1) for m in itertools.combinations(range(2, items.ndim), n)]
+    sides = [axis_windows(n, patch) for n, patch in zip(items.shape[2:], patch_size, strict=True)]
+    windows = list(itertools.product(range(len(items)), *sides))
+    per_batch = max(1, batch_size // len(mirrorings))
+    for i in range(0, len(windows), per_batch):
+        batch = windows[i : i + per_batch]
+        boxes = [(n, slice(None), *(side for side, _ in window)) for n, *window in batch]
+        patches = torch.stack([items[box] for box in boxes])
+        outputs = predict_patches(model, patches, mirrorings, batch_size).cpu()
+        for box, output, (_, *window) in zip(boxes, outputs, batch, strict=True):
+            result[box] += output * reduce(lambda a, b: a[..., None] * b, [weights for _, weights in window])
+
+    result = crop_or_pad(result, size)
+    return result.movedim(0, 3) if flat else result[0]
+
+
+def predict_patches(model: nn.Module, patches: Tensor, mirrorings: list[tuple[int, ...]], batch_size: int) -> Tensor:
+    """Mean over the mirrorings (each the axes that it flips) of the model's output for patches (B, C, *patch)."""
+    patches = patches.to(next(model.parameters(), patches).device)
+    mirrored = torch.cat([patches.flip(axes) for axes in mirrorings])
+    outputs = torch.cat([model(part)[0].float() for part in mirrored.split(batch_size)])
+    outputs = outputs.unflatten(0, (len(mirrorings), -1))  # (mirrorings, B, n_classes, *patch)
+    return sum(output.flip(axes) for output, axes in zip(outputs, mirrorings, strict=True)) / len(mirrorings)
+
+
+def predict_file(
+    model: nn.Module,
+    path: str | Path,
+    preprocessing: Preprocessing,
+    patch_size: tuple[int, ...],
+    tta: bool = True,
+    batch_size: int = 8,
+) -> Prediction:
+    """Labels and probabilities of a NIfTI file, on its very grid. Raises InputError if the file cannot be used."""
+    image = read_image(path)
+    volume, affine, padding = preprocess(image, preprocessing)
+    probabilities = predict_volume(model, volume, patch_size, tta, batch_size)
+    probabilities = to_original_grid(probabilities, affine, padding, image)
+    original = nib.load(path)
+    labels = probabilities.argmax(0).numpy().astype(np.uint8).reshape(original.shape)
+    return Prediction(on_grid_of(original, labels), on_grid_of(original, probabilities.movedim(0, -1).numpy()))
+
+
+def on_grid_of(original: SpatialImage, data: np.ndarray) -> SpatialImage:
+    """An image of `data` with the header of `original`: affines, their codes and units to the bit, no scaling."""
+    header = original.header.copy()
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # the display range of the original's intensities
+    return type(original)(data, original.affine, header)
+
+
+def save(image: SpatialImage, path: Path) -> None:
+    """Write a .nii.gz whole or not at all; the same image gives the same bytes."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
+            image.to_stream(stream)
+
+    write_atomically(path, write)
