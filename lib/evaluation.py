@@ -183,5 +183,8 @@ def format_table(results, class_names, summary: dict | None = None) -> str:
         counts = [results["n"][metric][label] for metric in columns]
         shown = ("-" if cell is None else f"{cell:.4f} ({n:>3})" for cell, n in zip(cells, counts, strict=True))
         lines.append(f"{name:<16}" + "".join(f"{cell:>14}" for cell in shown))
+    foreground = [[mean for mean in results["average"][metric][1:] if mean is not None] for metric in columns]
+    shown = (f"{fmean(means):.4f}      " if means else "-" for means in foreground)
+    lines.append(f"{'mean foreground':<16}" + "".join(f"{cell:>14}" for cell in shown))
     lines.append(f"(in brackets: subjects that have a value, of {len(results) - len(RESERVED)})")
     return "\n".join(lines)

@@ -171,6 +171,7 @@ def test_table(folders):
     results = evaluate(find_pairs(folders / "pred", folders / "gt"), 4)
     plain = format_table(results, NAMES).splitlines()
     assert plain[2].split()[:4] == ["RV", "0.4667", "(", "3)"]
+    assert plain[5].split()[:3] == ["mean", "foreground", f"{(1.4 / 3 + 2.4 / 3 + 0.9) / 3:.4f}"]
     sizes = {"parameters": {"unpruned": 2000000, "now": 500000}, "flops": {"unpruned": None, "now": 10}}
     sizes["filters"] = {"unpruned": 64, "now": 48}
     lines = format_table(results, NAMES, sizes).splitlines()
