@@ -73,11 +73,13 @@ class BaseDataset:
         num_workers: int = 0,
         seed_train: int = 42,
     ):
-        self.patch_size = tuple(patch_size or self.patch_size)
-        self.batch_size = batch_size or self.defaults["batch_size"]
+        self.patch_size = self.patch_size if patch_size is None else tuple(patch_size)
+        self.batch_size = self.defaults["batch_size"] if batch_size is None else batch_size
         self.num_workers, self.seed_train = num_workers, seed_train
         if len(self.patch_size) != int(self.dim[0]) or min(self.patch_size) < 1:
             raise InputError(f"--patch_size {self.patch_size}: {self.name} needs {self.dim[0]} positive numbers")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
         cases = self.split_cases(split, seed_data)
         found = self._find(data_path)
         self._files = {part: [file for file in found if _case(file.id) in cases[part]] for part in cases}

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
         for name, array in arrays.items():
             np.save(new / name, array)
         (new / "meta.json").write_text(json.dumps(meta))
-        if folder.exists():
+        with suppress(FileNotFoundError):
             os.rename(folder, Path(temporary) / "old")
         try:
             os.rename(new, folder)

@@ -80,10 +80,10 @@ def zscore(tensor: Tensor) -> Tensor:
     The sums are numpy's: in double precision, and the same whatever the number of threads.
     """
     array = tensor.numpy()
-    mean, std = array.mean(dtype=np.float64), array.std(dtype=np.float64)
+    mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
     if array.min() == array.max():
         return torch.zeros(tensor.shape)
-    return torch.from_numpy(((array - np.float32(mean)) / np.float32(std)).astype(np.float32, copy=False))
+    return torch.from_numpy((array - mean) / std).float()
 
 
 def preprocess(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lib.data import DATASETS
+from lib.data.ACDCDataset import ACDCDataset
+from lib.error import InputError
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "acdc"
+TEST = [2, 10, 11, 16, 38, 42, 43, 46, 49, 51, 56, 57, 66, 71, 73, 74, 77, 79, 92, 93]
+
+
+def touch(*paths: Path):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_names():
+    assert DATASETS["acdc"] is DATASETS["acdc17"] is ACDCDataset
+
+
+def test_the_published_split():
+    parts = ACDCDataset.split_cases("0.9:0.1", 42)
+    assert sorted(parts["test"]) == TEST
+    assert len(parts["train"]) == 72 and len(parts["validation"]) == 8
+    parts = ACDCDataset.split_cases("1:0", 42)
+    assert sorted(parts["test"]) == TEST and len(parts["train"]) == 80 and parts["validation"] == []
+
+
+@pytest.mark.parametrize("subfolder", ["", "training"])
+def test_two_frames_of_each_patient_that_is_there(tmp_path, subfolder):
+    for patient in ("patient001", "patient002"):
+        names = ("4d.nii.gz", "frame01.nii.gz", "frame01_gt.nii.gz", "frame12.nii.gz", "frame12_gt.nii.gz")
+        touch(*(tmp_path / subfolder / patient / f"{patient}_{name}" for name in names))
+    touch(tmp_path / subfolder / "patient001" / "Info.cfg", tmp_path / "MANDATORY_CITATION.md")
+    (tmp_path / subfolder / "patient002" / "patient002_frame12_gt.nii.gz").unlink()
+    data = ACDCDataset(tmp_path)
+    assert data.ids["test"] == ["patient002_frame01", "patient002_frame12"] and data.n_missing == 98
+    assert data.ids["train"] + data.ids["validation"] == ["patient001_frame01", "patient001_frame12"]
+    first, second = data.files("test")
+    assert first.image.name == "patient002_frame01.nii.gz" and first.label.name == "patient002_frame01_gt.nii.gz"
+    assert second.label is None
+
+
+def test_without_the_data_it_tells_how_to_get_them(tmp_path):
+    with pytest.raises(InputError) as error:
+        ACDCDataset(tmp_path)
+    message = str(error.value)
+    for text in (str(tmp_path), "creatis.insa-lyon.fr", "training", "patientNNN", "--data_path", "SAURON_DATA"):
+        assert text in message
+    assert "\n" not in message
+
+
+def test_a_volume_is_resampled_in_plane_and_zscored(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "training" / "patient001"
+    folder.mkdir(parents=True)
+    for name, array in (
+        ("frame01", rng.normal(100, 20, (40, 30, 5)).astype(np.int16)),
+        ("frame01_gt", rng.integers(0, 4, (40, 30, 5), np.uint8)),
+    ):
+        nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 9, 1])), folder / f"patient001_{name}.nii.gz")
+    data = ACDCDataset(tmp_path, tmp_path / "cache")
+    (subject,) = data.get("train" if data.ids["train"] else "validation")
+    assert subject.image.shape == (1, 48, 36, 5) and np.allclose(subject.image.spacing, (1.25, 1.25, 9))
+    assert subject.image.orientation == ("L", "P", "S")
+    stored = np.load(data.cache / "patient001_frame01" / "image.npy")
+    assert abs(stored.mean()) < 1e-5 and stored.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_real_patients(tmp_path):
+    if not SHARED.is_dir():
+        pytest.skip("the shared ACDC patients are not beside this checkout")
+    data = ACDCDataset(SHARED, tmp_path)
+    assert data.n_missing == 40 and sum(map(len, data.ids.values())) == 120
+    assert sorted({int(id_[7:10]) for id_ in data.ids["test"]}) == [2, 10, 11, 38, 66, 92]
+    volumes = list(data.validation_volumes())
+    assert [volume["id"] for volume in volumes] == data.ids["validation"]
+    for volume in volumes:
+        assert volume["image"].shape[1:] == (1, 320, 320) and set(volume["label"].unique().tolist()) == {0, 1, 2, 3}
+        inside = volume["image"][:, 0][volume["label"] == 3]
+        assert torch.isfinite(inside).all() and inside.mean() > 0.5  # blood is bright

@@ -1,0 +1,320 @@
+import importlib
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torchio as tio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.data import patches
+from lib.data.BaseDataset import BaseDataset
+from lib.data.cache import SubjectFiles
+from lib.data.preprocessing import Preprocessing
+from lib.error import InputError
+
+module = importlib.import_module("lib.data.BaseDataset")  # lib.data's attribute of that name is the class
+pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")
+
+
+class Tiny3D(BaseDataset):
+    """case_NN/image.nii.gz and label.nii.gz, (slices, rows, columns)."""
+
+    name = "tiny"
+    folder = "tiny"
+    layout = "case_NN/image.nii.gz"
+    how_to_get = "Ask its author."
+    class_names = ("background", "thing")
+    dim = "3D"
+    preprocessing = Preprocessing((3.0, 2.0, 2.0), (-79, 304), 101, 76.9, (8, 16, 16), zscore=False)
+    patch_size = (8, 16, 16)
+    patches_per_volume = 2
+    cases = range(10)
+    test_share = 0.2
+    defaults = {"batch_size": 3}
+
+    @classmethod
+    def find(cls, root):
+        images = sorted(root.glob("case_*/image.nii.gz"))
+        labels = [path.with_name("label.nii.gz") for path in images]
+        return [
+            SubjectFiles(image.parent.name, image, label if label.is_file() else None)
+            for image, label in zip(images, labels, strict=True)
+        ]
+
+
+class Tiny2D(Tiny3D):
+    """The same files as slices along the last axis."""
+
+    name = "tiny2"
+    dim = "2D"
+    preprocessing = Preprocessing((2.0, 2.0, None))
+    patch_size = (16, 12)
+    patches_per_volume = None
+
+
+def write_case(root: Path, case: int, shape=(9, 14, 11), spacing=(3.0, 2.0, 2.0), label=True, **changes):
+    rng = np.random.default_rng(case)
+    folder = root / f"case_{case:02d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = np.zeros(shape, np.uint8)
+    truth[2:6, 4:9, 3:8] = 1
+    image = (rng.normal(0, 60, shape) + 120 * truth).astype(np.float32)
+    affine = np.diag([*spacing, 1.0])
+    nib.save(nib.Nifti1Image(image, affine), folder / "image.nii.gz")
+    if label:
+        truth = changes.get("truth", truth)
+        nib.save(nib.Nifti1Image(truth, changes.get("affine", affine)), folder / "label.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    for case in range(10):
+        write_case(root, case, shape=(9 + case % 3, 14, 11 + case % 2))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """No augmentation: patches can be found again in their volume."""
+    monkeypatch.setattr(module, "augmentation", lambda dim: tio.Compose([]))
+
+
+# ---- the split
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1), st.integers(0, 10**6))
+def test_every_case_is_in_one_partition(share, seed):
+    parts = Tiny3D.split_cases(f"{share}:{1 - share}", seed)
+    assert sorted(sum(parts.values(), [])) == list(range(10))
+    assert len(parts["test"]) == 2 and len(parts["train"]) == int(8 * share)
+    assert parts["test"] == Tiny3D.split_cases("1:0", seed)["test"]  # which does not depend on the shares
+
+
+@pytest.mark.parametrize("split", ["0.9", "0.9:0.2", "1.1:-0.1", "a:b", "nan:nan", "0.5:0.3:0.2", ""])
+def test_a_wrong_split(split, folder):
+    with pytest.raises(InputError, match="--split"):
+        Tiny3D(folder, split=split)
+
+
+@pytest.mark.parametrize("patch_size", [(16, 16), (8, 16, 0)])
+def test_a_wrong_patch_size(patch_size, folder):
+    with pytest.raises(InputError, match="--patch_size"):
+        Tiny3D(folder, patch_size=patch_size)
+
+
+def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAURON_DATA", str(tmp_path))
+    with pytest.raises(InputError) as error:
+        Tiny3D()
+    for text in (str(tmp_path / "tiny"), str(Path("data") / "tiny"), "case_NN", "Ask its author", "--data_path"):
+        assert text in str(error.value)
+    with pytest.raises(InputError, match="nowhere"):
+        Tiny3D(tmp_path / "nowhere")
+
+
+def test_sauron_data_is_where_data_sets_are_looked_for(tmp_path, monkeypatch):
+    write_case(tmp_path / "tiny", 3)
+    monkeypatch.setenv("SAURON_DATA", str(tmp_path))
+    dataset = Tiny3D()
+    assert sum(dataset.ids.values(), []) == ["case_03"] and dataset.n_missing == 9
+
+
+# ---- the cache
+
+
+def snapshot(root):
+    return {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+
+
+def test_preprocessed_once_and_again_when_something_changes(tmp_path, capsys):
+    source, cache_path = tmp_path / "data", tmp_path / "cache"
+    for case in range(10):
+        write_case(source, case)
+    before = snapshot(source)
+    dataset = Tiny3D(source, cache_path, "0.5:0.5")
+    dataset.prepare()
+    first = snapshot(cache_path)
+    assert snapshot(source) == before
+    assert {path.name for path in dataset.cache.iterdir()} == {*dataset.ids["train"], *dataset.ids["validation"]}
+    assert {path.name for path in first} == {"image.npy", "label.npy", "meta.json"}
+    meta = json.loads((dataset.cache / dataset.ids["train"][0] / "meta.json").read_text())
+    assert set(meta) == {"affine", "padding", "sources"}
+    assert "preprocessing tiny" in capsys.readouterr().err
+
+    Tiny3D(source, cache_path, "0.5:0.5").prepare()
+    assert snapshot(cache_path) == first and capsys.readouterr().err == ""
+
+    changed, interrupted = dataset.ids["train"][:2]
+    write_case(source, int(changed[-2:]), shape=(10, 14, 11))
+    (dataset.cache / interrupted / "meta.json").unlink()
+    Tiny3D(source, cache_path, "0.5:0.5").prepare()
+    redone = {path.parent.name for path, time in snapshot(cache_path).items() if first[path] != time}
+    assert redone == {changed, interrupted}
+
+    class Other(Tiny3D):
+        preprocessing = Preprocessing((3.0, 2.0, 2.5))
+
+    assert Other(source, cache_path).cache != dataset.cache
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": False}, "ground truth"),
+        ({"truth": np.zeros((9, 14, 12), np.uint8)}, "shape"),
+        ({"truth": np.full((9, 14, 11), 2, np.uint8)}, "label 2"),
+        ({"affine": np.diag([3.0, 2.0, 2.1, 1.0])}, "affine"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_named(tmp_path, changes, message):
+    for case in range(10):
+        write_case(tmp_path / "data", case, **(changes if case == 4 else {}))
+    dataset = Tiny3D(tmp_path / "data", tmp_path / "cache")
+    assert "case_04" in dataset.ids["train"]
+    with pytest.raises(InputError, match=message) as error:
+        dataset.prepare()
+    assert "case_04" in str(error.value) and "\n" not in str(error.value)
+    assert not (dataset.cache / "case_04").exists()
+
+
+def test_a_cache_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="--cache_path"):
+        Tiny3D(folder, tmp_path / "file").prepare()
+
+
+def test_only_test_cases_on_disk(tmp_path):
+    case = Tiny3D.split_cases("0.9:0.1", 42)["test"][0]
+    write_case(tmp_path / "data", case, label=False)
+    dataset = Tiny3D(tmp_path / "data", tmp_path / "cache")
+    assert [set(dict(subject)) for subject in dataset.get("test")] == [{"image", "id"}]
+    with pytest.raises(InputError, match="none of the training cases"):
+        dataset.n_train_batches()
+
+
+def test_whole_volumes_come_preprocessed_and_zscored(folder, cache_path):
+    for dataset in (Tiny3D(folder, cache_path), Tiny2D(folder, cache_path)):
+        volumes = dataset.get("validation")
+        assert [subject["id"] for subject in volumes] == dataset.ids["validation"] and len(volumes) == 1
+        for subject in volumes:
+            image, label = subject.image.data, subject.label.data
+            assert image.dtype == torch.float32 and label.dtype == torch.uint8 and image.shape == label.shape
+            assert abs(float(image.mean())) < 1e-6 and float(image.std(correction=0)) == pytest.approx(1, abs=1e-5)
+            assert np.array_equal(subject.image.affine, subject.label.affine)
+
+
+# ---- patches
+
+SIZES = st.tuples(*[st.integers(1, 12)] * 3)
+
+
+@settings(deadline=None)
+@given(SIZES, st.one_of(st.tuples(*[st.integers(1, 12)] * 2), SIZES), st.integers(0, 99))
+def test_patches_lie_in_the_volume_and_the_grid_covers_it(size, patch_size, seed):
+    volume = patches.fit(torch.ones(1, *size), patch_size)
+    grid = patches.grid_starts(volume.shape[1:], patch_size)
+    assert patches.cut(volume, patch_size, grid).shape == (len(grid), 1, *patch_size)
+    whole = (*patch_size, 1)[:3]
+    for start in grid:
+        volume[(0, *map(slice, start, np.add(start, whole)))] = 0
+    assert not volume.any()
+    if len(patch_size) == 2:
+        assert grid == [(0, 0, z) for z in range(size[2])]
+    torch.manual_seed(seed)
+    for start in patches.random_starts(volume.shape[1:], patch_size, 4):
+        assert all(0 <= s <= n - p for s, n, p in zip(start, volume.shape[1:], whole, strict=True))
+
+
+def test_random_patches_are_uniform():
+    torch.manual_seed(0)
+    starts = np.array(patches.random_starts((8, 5, 7), (8, 4, 4), 2000))
+    assert (starts[:, 0] == 0).all()
+    for axis, n in ((1, 2), (2, 4)):
+        assert np.abs(np.bincount(starts[:, axis], minlength=n) / 2000 - 1 / n).max() < 0.05
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize(("dataset", "per_volume"), [(Tiny2D, [11, 12]), (Tiny3D, [2, 2])])
+def test_an_epoch(dataset, per_volume, folder, cache_path):
+    data = dataset(folder, cache_path)
+    batches = list(data.train_batches(0))
+    sizes = [len(batch["id"]) for batch in batches]
+    assert len(batches) == data.n_train_batches()
+    assert all(size == 3 for size in sizes[:-1]) and 1 <= sizes[-1] <= 3
+    ids = sum((batch["id"] for batch in batches), [])
+    assert {id_: ids.count(id_) for id_ in ids} == {id_: per_volume[int(id_[-2:]) % 2] for id_ in data.ids["train"]}
+    for batch, size in zip(batches, sizes, strict=True):
+        assert batch["image"].shape == (size, 1, *data.patch_size) and batch["image"].dtype == torch.float32
+        assert batch["label"].shape == (size, *data.patch_size) and batch["label"].dtype == torch.int64
+    assert set(torch.cat([batch["label"] for batch in batches]).unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_batches_follow_from_seed_and_epoch_alone(dataset, folder, cache_path, monkeypatch):
+    monkeypatch.setattr(module, "QUEUE", 3)  # so that several queues pass
+
+    def epoch(number=0, **settings):
+        state = torch.get_rng_state()
+        batches = list(dataset(folder, cache_path, **settings).train_batches(number))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(1)  # the next one starts from another state of the global generator
+        return batches
+
+    def same(a, b):
+        return [batch["id"] for batch in a] == [batch["id"] for batch in b] and all(
+            torch.equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("image", "label")
+        )
+
+    batches = epoch()
+    assert same(batches, epoch(num_workers=2)) and same(batches, epoch(num_workers=1))
+    assert not same(batches, epoch(1)) and not same(batches, epoch(seed_train=43))
+
+
+def test_training_slices_are_slices_of_the_volume(folder, cache_path, unchanged):
+    """Without augmentation each one is, image and label alike, one of its volume's, centrally cropped and padded."""
+    data = Tiny2D(folder, cache_path)
+    slices = {
+        subject["id"]: [
+            (patches.fit(subject.image.data, (16, 12))[0, ..., z], patches.fit(subject.label.data, (16, 12))[0, ..., z])
+            for z in range(subject.image.shape[-1])
+        ]
+        for subject in data.get("train")
+    }
+    drawn = set()
+    for batch in data.train_batches(0):
+        for image, label, id_ in zip(batch["image"], batch["label"], batch["id"], strict=True):
+            match = [z for z, pair in enumerate(slices[id_]) if torch.allclose(image[0], pair[0], atol=1e-5)]
+            assert len(match) == 1 and torch.equal(label, slices[id_][match[0]][1].long())
+            drawn.add((id_, match[0]))
+    assert len(drawn) > 40  # of 80 or so: with replacement
+
+
+def test_validation_is_every_slice_or_a_grid_that_covers(folder, cache_path):
+    data = Tiny2D(folder, cache_path, "0.5:0.5")
+    volumes = list(data.validation_volumes())
+    assert [volume["id"] for volume in volumes] == data.ids["validation"]
+    for volume, subject in zip(volumes, data.get("validation"), strict=True):
+        n = subject.image.shape[-1]
+        assert volume["image"].shape == (n, 1, 16, 12) and volume["label"].shape == (n, 16, 12)
+        assert volume["image"].dtype == torch.float32 and volume["label"].dtype == torch.int64
+        expected = patches.fit(subject.label.data, (16, 12))[0].permute(2, 0, 1)
+        assert torch.equal(volume["label"], expected.long())
+    data = Tiny3D(folder, cache_path, "0.5:0.5", patch_size=(4, 8, 16))
+    for volume, subject in zip(data.validation_volumes(), data.get("validation"), strict=True):
+        x, y, z = subject.image.shape[1:]
+        assert volume["image"].shape == (-(-x // 4) * -(-y // 8) * -(-z // 16), 1, 4, 8, 16)
+        assert torch.equal(volume["image"][0, 0], subject.image.data[0, :4, :8, :16])
+        assert torch.equal(volume["label"][-1], subject.label.data[0, -4:, -8:, -16:].long())

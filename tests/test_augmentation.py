@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+import torchio as tio
+
+from lib.data.augmentation import augmentation
+
+pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")  # 7.5 mm may fold volumes so small
+SPACING = np.diag([1.25, 1.25, 8.0, 1.0])
+
+
+def subject(image, label=None, affine=SPACING):
+    label = torch.zeros_like(image, dtype=torch.uint8) if label is None else label
+    return tio.Subject(
+        image=tio.ScalarImage(tensor=image.clone(), affine=affine), label=tio.LabelMap(tensor=label, affine=affine)
+    )
+
+
+def only(chain: tio.Compose, *names: str) -> tio.Compose:
+    """Those of its transforms that have these names, each of them certain to be applied."""
+    chosen = [transform for transform in chain.transforms if transform.name in names]
+    for transform in chosen:
+        transform.probability = 1
+    return tio.Compose(chosen, copy=False)
+
+
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_the_order(dim):
+    names = [transform.name for transform in augmentation(dim).transforms]
+    spatial_end = ["RandomGamma", "RandomFlip", "RandomElasticDeformation", "Lambda"]
+    assert names == ["RandomAffine", "RandomAffine", *spatial_end]
+
+
+@pytest.mark.parametrize(("dim", "slice_axis", "n_flips"), [("2D", 2, 2), ("3D", 0, 3)])
+def test_how_often_and_how_much(dim, slice_axis, n_flips):
+    """Frequencies and ranges over 500 draws, from the parameters that torchio records."""
+    chain, drawn, n = augmentation(dim), [], 500
+    torch.manual_seed(0)
+    for _ in range(n):
+        drawn.extend(chain(subject(torch.rand(1, 6, 6, 6))).get_applied_transforms(image_interpolation="linear"))
+    affines = [t for t in drawn if t.name == "Affine"]
+    scaled = np.array([t.scales for t in affines if any(s != 1 for s in t.scales)])
+    turned = np.array([t.degrees for t in affines if any(t.degrees)])
+    gammas = np.log([t.gamma["image"][0] for t in drawn if t.name == "Gamma"])
+    elastic = [t for t in drawn if t.name == "ElasticDeformation"]
+    for events, p in ((scaled, 0.2), (turned, 0.2), (gammas, 0.3), (elastic, 0.3)):
+        assert abs(len(events) / n - p) < 4 * np.sqrt(p * (1 - p) / n)
+    in_plane = [axis for axis in range(3) if axis != slice_axis]
+    assert (scaled[:, slice_axis] == 1).all() and (turned[:, in_plane] == 0).all()
+    assert 0.85 <= scaled.min() < 0.88 and 1.22 < scaled.max() <= 1.25
+    assert abs(np.corrcoef(scaled[:, in_plane].T)[0, 1]) < 0.3  # independent
+    assert -180 <= turned.min() < -165 and 165 < turned.max() <= 180
+    assert -0.3 <= gammas.min() < -0.27 and 0.47 < gammas.max() <= 0.5
+    flips = np.array([[axis in t.axes for axis in range(3)] for t in drawn if t.name == "Flip"]).sum(0) / n
+    assert np.abs(flips[in_plane] - 0.5).max() < 0.09
+    assert (flips > 0).sum() == n_flips
+    assert all(t.control_points.shape == (7, 7, 7, 3) and np.abs(t.control_points).max() <= 7.5 for t in elastic)
+    assert all((t.control_points[:2] == 0).all() and (t.control_points[2] != 0).any() for t in elastic)
+
+
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_labels_go_where_the_image_goes(dim):
+    """An image that is its own label, and interpolated like one: after every spatial change they are the same."""
+    label = torch.zeros(1, 40, 44, 40, dtype=torch.uint8)
+    label[0, 8:25, 12:30, 6:34] = 1
+    label[0, 20:33, 25:35, 10:30] = 3
+    chain = only(augmentation(dim), "RandomAffine", "RandomFlip", "RandomElasticDeformation")
+    assert [t.label_interpolation for t in chain.transforms if t.name != "RandomFlip"] == ["nearest"] * 3
+    for transform in chain.transforms:
+        transform.image_interpolation = "nearest"
+    for seed in range(4):
+        torch.manual_seed(seed)
+        result = chain(subject(label.float(), label.clone(), np.diag([2.0, 1.5, 2.0, 1.0])))
+        assert torch.equal(result.image.data, result.label.data.float())
+        assert set(result.label.data.unique().tolist()) == {0, 1, 3}
+        assert not torch.equal(result.label.data.byte(), label)
+
+
+@pytest.mark.parametrize(("dim", "slice_axis", "spacing"), [("2D", 2, (1.25, 1.25, 8)), ("3D", 0, (3.2, 1.6, 1.6))])
+def test_affine_changes_stay_in_their_slice(dim, slice_axis, spacing):
+    """Slice k holds the value k + 1 everywhere: so it stays, but for the minimum from outside."""
+    shape = [1, 1, 1]
+    shape[slice_axis] = 5
+    image = torch.arange(1.0, 6).reshape(1, *shape).expand(1, *(5 if n == 5 else 24 for n in shape))
+    chain = only(augmentation(dim), "RandomAffine")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        slices = chain(subject(image.contiguous(), affine=np.diag([*spacing, 1.0]))).image.data[0].unbind(slice_axis)
+        for k, values in enumerate(slices):
+            assert torch.allclose(values[8:-8, 8:-8], torch.tensor(k + 1.0), atol=1e-4)
+            assert values.min() >= 1 - 1e-4 and values.max() <= k + 1 + 1e-4
+
+
+def test_gamma_keeps_the_sign_of_negative_values():
+    image = torch.linspace(-2, 2, 27).reshape(1, 3, 3, 3)
+    torch.manual_seed(1)
+    changed = only(augmentation("2D"), "RandomGamma")(subject(image)).image.data
+    assert torch.isfinite(changed).all() and torch.equal(changed.sign(), image.sign())
+    assert not torch.allclose(changed, image)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_comes_out_is_zscored(seed):
+    torch.manual_seed(seed)
+    image = augmentation("2D")(subject(5 + 3 * torch.randn(1, 24, 24, 8))).image.data
+    assert image.dtype == torch.float32
+    assert abs(float(image.mean())) < 1e-5 and float(image.std(correction=0)) == pytest.approx(1, abs=1e-5)
