@@ -88,7 +88,7 @@ def train_epoch(
             loss.backward()
             state.optimizer.step()
             total += loss.item()
-            bar.set_postfix(loss=f"{total / (i + 1):.4f}")
+            bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
     state.delta_prune = measured.delta_prune
     return total / n_batches
