@@ -1,0 +1,182 @@
+import argparse
+import json
+
+import pytest
+import torch
+
+from lib.data import DATASETS
+from lib.error import InputError
+from lib.utils import continued_config, facts, find_device, make_config, number, parseArguments, read_config, run_script
+
+# Every flag of the published parseArguments, with a value that is not its default.
+PUBLISHED = {
+    "exp_name": "x",
+    "data": "phantom",
+    "split": "0.8:0.2",
+    "device": "cpu",
+    "model_state": "m",
+    "in_filters": "i",
+    "out_filters": "o",
+    "loss": "DS_CrossEntropyDiceLoss",
+    "epoch_start": 3,
+    "epochs": 7,
+    "batch_size": 3,
+    "val_interval": 4,
+    "optim": "sgd",
+    "lr": 0.5,
+    "wd": 0.25,
+    "momentum": 0.75,
+    "nesterov": False,
+    "seed_train": 1,
+    "seed_data": 2,
+}
+
+
+def test_every_published_flag_does_what_it_says():
+    argv = [part for key, value in PUBLISHED.items() for part in (f"--{key}", str(value))]
+    args = parseArguments([*argv, "--history", "run"])
+    config = make_config(args)
+    assert {key: config[key] for key in PUBLISHED} == PUBLISHED
+    assert args.history == "run"
+
+
+def test_defaults_of_acdc_are_the_published_ones():
+    config = make_config(parseArguments(["--data", "acdc"]))
+    expected = {
+        "split": "0.9:0.1",
+        "seed_data": 42,
+        "epochs": 500,
+        "batch_size": 10,
+        "val_interval": 2,
+        "optim": "adam",
+        "lr": 1e-3,
+        "wd": 1e-5,
+        "fms_init": 48,
+        "levels": 7,
+        "patch_size": [320, 320],
+        "lambda_": 0.5,
+        "dist_fun": "euc_norm",
+        "imp_fun": "euc_rand",
+        "tau_max": 0.3,
+        "kappa": 15,
+        "rho": 5,
+        "mu": 0.02,
+        "model": "sauron",
+        "no_prune": False,
+        "loss": "DS_CrossEntropyDiceLoss_Distance",
+        "modalities": 1,
+        "n_classes": 4,
+        "dim": "2D",
+    }
+    assert {key: config[key] for key in expected} == expected
+    json.dumps(config, allow_nan=False)
+
+
+def test_the_old_name_means_the_same_data_set():
+    assert make_config(parseArguments(["--data", "acdc17"]))["data"] == "acdc"
+
+
+@pytest.mark.parametrize("argv", [["--model", "nnunet"], ["--lambda", "0"]])
+def test_without_distances_the_loss_has_none(argv):
+    assert make_config(parseArguments(["--data", "phantom", *argv]))["loss"] == "DS_CrossEntropyDiceLoss"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "nnunet", "--loss", "DS_CrossEntropyDiceLoss_Distance"], "--loss"),
+        (["--patch_size", "64"], "needs 2 numbers"),
+        (["--patch_size", "60", "64"], "60 is not"),
+        (["--patch_size", "8", "64"], "at least 16"),
+        (["--epoch_start", "3"], "--epoch_start needs --model_state"),
+        (["--optim", "sgd", "--momentum", "0", "--nesterov", "True"], "--nesterov"),
+    ],
+)
+def test_settings_that_do_not_fit_one_another(argv, message):
+    with pytest.raises(InputError, match=message):
+        make_config(parseArguments(["--data", "phantom", *argv]))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--data", "nothing"],
+        ["--epochs", "0"],
+        ["--epochs", "1.5"],
+        ["--batch_size", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "0"],
+        ["--lr", "inf"],
+        ["--wd", "2"],
+        ["--nesterov", "maybe"],
+        ["--levels", "2"],
+        ["--tau_max", "1.5"],
+        ["--lambda", "-1"],
+        ["--num_workers", "-1"],
+    ],
+)
+def test_bad_values_end_with_exit_code_2_and_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        parseArguments([*(["--data", "phantom"] if argv and "--data" not in argv else []), *argv])
+    assert error.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_states_every_default(capsys):
+    with pytest.raises(SystemExit):
+        parseArguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text
+    assert "first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9 (default: 0.001)" in text
+    for name in ("acdc", "phantom"):
+        assert str(DATASETS[name].defaults["epochs"]) + f" ({name}" in text
+
+
+def test_a_continued_run_keeps_its_settings():
+    saved = make_config(parseArguments(["--data", "phantom", "--lr", "0.5"]))
+    args = parseArguments(["--resume", "run", "--epochs", "99", "--lr", "0.5"])
+    assert continued_config(args, saved, "run") == saved | {"epochs": 99}
+    with pytest.raises(InputError, match="--lr 0.25: the run run has 0.5"):
+        continued_config(parseArguments(["--resume", "run", "--lr", "0.25"]), saved, "run")
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    for content in (None, "{", "[]", '{"data": "unknown"}'):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match="no run folder"):
+            read_config(tmp_path)
+
+
+def test_numbers():
+    assert number(int, 1)("3") == 3
+    assert number(float, 0, 1)("1") == 1
+    for text in ("x", "nan", "-1", "1.01", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(float, 0, 1)(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
+        number(float, 0, open_low=True)("0")
+
+
+def test_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("cuda:77", "nonsense"):
+        with pytest.raises(InputError, match=name):
+            find_device(name)
+
+
+def test_run_script_turns_bad_input_into_one_line(capsys):
+    def bad():
+        raise InputError("f.nii.gz: is broken")
+
+    assert run_script(bad) == 2
+    assert capsys.readouterr().err.endswith("error: f.nii.gz: is broken\n")
+    assert run_script(lambda: None) == 0
+
+
+def test_a_run_explains_itself():
+    found = facts()
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found) == {"command", "versions", "machine", "git_revision"}
