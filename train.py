@@ -54,6 +54,7 @@ def train(argv: list[str] | None) -> None:
         seed_train=config["seed_train"],
     )
     data.prepare()
+    model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
 
     folder = run or checkpoint.new_run_folder(config)
     log = Log(folder / "log.txt")
@@ -66,7 +67,7 @@ def train(argv: list[str] | None) -> None:
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
-    model.initialize(device=device, model_state=source, log=log, isSauron=config["model"] == "sauron")
+    log(f"{config['model']} on {device}: weights " + (f"of {source}" if source else "new"))
 
     state = TrainingState(
         model, build_optimizer(config, model), folder, log, epoch, validates=bool(data.ids["validation"])
