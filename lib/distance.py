@@ -5,8 +5,12 @@ and stride of the pooling. Pooling is linear, so it may come before the min-max 
 full size is ever made.
 """
 
+import itertools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +19,26 @@ SMALLEST_RANGE = 1e-6  # a map that varies less is constant: it normalises to ze
 
 
 def _pool(h: Tensor, sf: int) -> Tensor:
+    """Average pooling with window and stride `sf` (an axis shorter than that is averaged whole)."""
     window = [min(sf, size) for size in h.shape[2:]]
-    return (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, window)
+    if h.device.type != "cpu":
+        return (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, window)
+    # Sums of strided views: on the CPU a third of the time of torch's pooling.
+    ends = [size - size % w for size, w in zip(h.shape[2:], window, strict=True)]
+    views = [
+        h[(..., *(slice(o, end, w) for o, end, w in zip(offset, ends, window, strict=True)))]
+        for offset in itertools.product(*map(range, window))
+    ]
+    return sum(views[1:], views[0]) / len(views)
+
+
+def _unpool(g: Tensor, size: torch.Size, sf: int) -> Tensor:
+    """The backward pass of `_pool`: gradient of the pooled maps -> gradient of maps of spatial size `size`."""
+    window = [min(sf, n) for n in size]
+    used = [n - n % w for n, w in zip(size, window, strict=True)]
+    spread = F.interpolate(g / math.prod(window), size=used)
+    rest = [side for n, u in zip(reversed(size), reversed(used), strict=True) for side in (0, n - u)]
+    return F.pad(spread, rest) if any(rest) else spread
 
 
 def _rms(difference: Tensor) -> Tensor:
@@ -26,17 +48,63 @@ def _rms(difference: Tensor) -> Tensor:
     return torch.where(positive, mean_square.where(positive, 1.0).sqrt(), 0.0)
 
 
+class _EucNorm(torch.autograd.Function):
+    """`euc_norm` with a backward pass by hand: it keeps only pooled maps, and touches the full size once.
+
+    n = (p - low) / (high - low), p the pooled map, low and high the extremes of the map itself; all gradients that
+    are not through p go to the two voxels that hold the extremes.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, sf: int) -> Tensor:
+        low, high = _extremes(h.flatten(2))
+        spread = high.values - low.values
+        varies = spread > SMALLEST_RANGE
+        scale = torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
+        column = (..., *[None] * (h.ndim - 2))
+        n = (_pool(h, sf) - low.values[column]) * scale[column]
+        delta = _rms(n[:, :1] - n[:, 1:])
+        ctx.save_for_backward(n, delta, scale, low.indices, high.indices)
+        ctx.size, ctx.sf = h.shape[2:], sf
+        return delta
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        n, delta, scale, i_low, i_high = ctx.saved_tensors
+        column = (..., *[None] * (n.ndim - 2))
+        weight = torch.where(delta > 0, grad / delta.where(delta > 0, 1.0), 0.0) / n[0, 0].numel()
+        others = (n[:, 1:] - n[:, :1]) * weight[column]
+        g = torch.cat([-others.sum(1, keepdim=True), others], 1)  # of n
+        by_high = -scale * (g * n).flatten(2).sum(2)
+        by_low = -scale * g.flatten(2).sum(2) - by_high
+        h = _unpool(g * scale[column], ctx.size, ctx.sf)
+        flat = h.flatten(2)
+        flat.scatter_add_(2, i_low[..., None], by_low[..., None])
+        flat.scatter_add_(2, i_high[..., None], by_high[..., None])
+        return flat.view_as(h), None
+
+
+class _Extreme(NamedTuple):
+    values: Tensor
+    indices: Tensor
+
+
+def _extremes(flat: Tensor) -> tuple[_Extreme, _Extreme]:
+    """Smallest and largest value of each map, and where they are: (B, C, N) -> two times ((B, C), (B, C))."""
+    if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
+        return flat.min(2), flat.max(2)
+    array = flat.detach().numpy()  # numpy finds them ten times faster
+    indices = [torch.from_numpy(find(array, axis=2)) for find in (np.argmin, np.argmax)]
+    return tuple(_Extreme(flat.gather(2, i[..., None])[..., 0], i) for i in indices)
+
+
 def euc_norm(h: Tensor, sf: int = 2) -> Tensor:
     """delta_opt: distance of every map to the first one, each map scaled to [0, 1] per image and channel.
 
     (B, C, *spatial) -> (B, C - 1): `rms(pool(n_1) - pool(n_c))` for c = 2..C, n the min-max normalised maps.
     """
-    spatial = tuple(range(2, h.ndim))
-    low, high = h.amin(spatial, keepdim=True), h.amax(spatial, keepdim=True)
-    varies = high - low > SMALLEST_RANGE
-    scale = torch.where(varies, 1 / (high - low).where(varies, 1.0), 0.0)
-    n = (_pool(h, sf) - low) * scale
-    return _rms(n[:, :1] - n[:, 1:])
+    return _EucNorm.apply(h, sf)
 
 
 def euc_norm_nonorm(h: Tensor, sf: int = 2) -> Tensor:

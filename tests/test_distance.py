@@ -61,10 +61,24 @@ def test_values_and_gradients_are_finite(name, h):
     assert torch.isfinite(h.grad).all()
 
 
-def test_gradient_equals_numerical_one():
-    h = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 3, 5, 7), (1, 2, 1, 4), (1, 3, 4, 3, 2)])
+def test_gradient_equals_numerical_one(shape):
+    h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     for distance in DISTANCES.values():
         assert torch.autograd.gradcheck(distance, (h,))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (2, 4, 4, 6, 8), (1, 3, 7, 5)])
+def test_gradient_equals_that_of_the_literal_formula(shape):
+    h = torch.nn.functional.leaky_relu(torch.randn(shape), 0.01).requires_grad_()
+    spatial = tuple(range(2, h.ndim))
+    low, high = h.amin(spatial, keepdim=True), h.amax(spatial, keepdim=True)
+    pooled = (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)((h - low) / (high - low), 2)
+    literal = (pooled[:, :1] - pooled[:, 1:]).square().mean(spatial).sqrt()
+    weight = torch.randn_like(literal)
+    (expected,) = torch.autograd.grad((literal * weight).sum(), h)
+    (found,) = torch.autograd.grad((euc_norm(h) * weight).sum(), h)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_euc_rand_by_hand():
