@@ -20,7 +20,10 @@ class PhantomDataset(ACDCDataset):
     preprocessing = Preprocessing(spacing_mm=(2.5, 2.5, None))
     patch_size = (64, 64)
     cases = range(1, 31)
-    defaults = ACDCDataset.defaults | {"fms_init": 16, "levels": 4, "epochs": 30, "val_interval": 1, "rho": 1}
+    defaults = ACDCDataset.defaults | {
+        **{"fms_init": 16, "levels": 4, "epochs": 60, "val_interval": 1},
+        **{"tau_max": 0.42, "kappa": 4, "rho": 2, "mu": 0.1},  # settle early, prune for real within these epochs
+    }
 
     def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:
         root = Path(data_path or Path("data") / self.folder)
