@@ -22,7 +22,7 @@ class PhantomDataset(ACDCDataset):
     cases = range(1, 31)
     defaults = ACDCDataset.defaults | {
         **{"fms_init": 16, "levels": 4, "epochs": 60, "val_interval": 1},
-        **{"tau_max": 0.42, "kappa": 4, "rho": 2, "mu": 0.1},  # settle early, prune for real within these epochs
+        **{"tau_max": 0.46, "kappa": 4, "rho": 2, "mu": 0.1},  # settle early, prune for real within these epochs
     }
 
     def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:
