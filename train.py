@@ -18,7 +18,16 @@ from lib.loss import LOSSES
 from lib.models import build_model, summary
 from lib.models.BaseModel import read_state
 from lib.trainer import build_optimizer, fit
-from lib.utils import continued_config, facts, find_device, make_config, parseArguments, read_config, run_script
+from lib.utils import (
+    continued_config,
+    facts,
+    find_device,
+    make_config,
+    parseArguments,
+    read_config,
+    run_script,
+    share_of,
+)
 
 
 def train(argv: list[str] | None) -> None:
@@ -79,6 +88,7 @@ def train(argv: list[str] | None) -> None:
     pruning = None
     if config["model"] == "sauron" and not config["no_prune"]:
         pruning = {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
+        pruning["between"] = tuple(share_of(moment) * config["epochs"] for moment in config["prune_between"])
         if not state.validates:
             log("no validation set: thresholds rise by the training loss alone")
     loss = LOSSES[config["loss"]]

@@ -21,16 +21,24 @@ def _end_epoch_save_best(state: TrainingState) -> None:
         checkpoint.save_model(state.folder / "models" / "model-best", state.model)
 
 
-def _end_epoch_prune(state: TrainingState, tau_max: float, kappa: int, rho: int, mu: float) -> None:
-    """Raise the thresholds where training has settled, then delete the filters below them (paper section 3.3)."""
+def _end_epoch_prune(
+    state: TrainingState, tau_max: float, kappa: int, rho: int, mu: float, between: tuple[float, float]
+) -> None:
+    """Raise the thresholds where training has settled, then delete the filters below them (paper section 3.3).
+
+    Nothing rises or goes before or after the epochs `between` (first excluded, last included).
+    """
     train_losses = [row["train_loss"] for row in state.rows]
     validated = [row["val_loss"] for row in state.rows if row["val_loss"] is not None]
     settled = training_settled(train_losses, validated if state.validates else None, rho)
+    active = between[0] < state.epoch <= between[1]
     keep = {}
     for block in state.model.blocks():
         if block.head:
             continue
         threshold = state.thresholds.setdefault(block.name, Threshold())
+        if not active:
+            continue
         raise_threshold(threshold, settled, kappa, rho, mu)
         threshold.lost, threshold.filters_before = 0, block.out_filters
         if block.out_filters > 1:

@@ -54,6 +54,22 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
     return parse
 
 
+def percent(text: str) -> str:
+    """An argparse type: a share such as 80%, which stays text; `share_of` has its value."""
+    try:
+        valid = text.endswith("%") and 0 <= share_of(text) <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0% and 100%")
+    return text
+
+
+def share_of(text: str) -> float:
+    """0.8 for "80%"."""
+    return float(text.removesuffix("%")) / 100
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -66,7 +82,7 @@ def defaults_text(key: str) -> str:
     for name, dataset in DATASETS.items():
         if name == dataset.name:
             value = dataset.patch_size if key == "patch_size" else dataset.defaults[key]
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = " ".join(map(str, value)).replace("%", "%%") if isinstance(value, tuple) else str(value)
             values.setdefault(text, []).append(name)
     if len(values) == 1:
         return next(iter(values))
@@ -186,6 +202,15 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(pruning, "--rho", "patience: epochs between two steps, and losses that are looked back at", type=positive)
     add(pruning, "--mu", "a block that lost this share of its filters waits", type=fraction)
 
+    add(
+        pruning,
+        "--prune_between",
+        "prune only between these two moments, in percent of the epochs",
+        type=percent,
+        nargs=2,
+        metavar=("FROM", "TO"),
+    )
+
     start = parser.add_argument_group("continue")
     add(
         start,
@@ -239,7 +264,8 @@ def make_config(args: argparse.Namespace) -> dict:
         "n_classes": dataset.n_classes,
         "dim": dataset.dim,
     }
-    config["patch_size"] = list(config["patch_size"])
+    for key in ("patch_size", "prune_between"):
+        config[key] = list(config[key])
     distances = config["model"] == "sauron" and config["lambda_"] > 0
     config.setdefault("loss", "DS_CrossEntropyDiceLoss_Distance" if distances else "DS_CrossEntropyDiceLoss")
     check_config(config)
@@ -248,6 +274,9 @@ def make_config(args: argparse.Namespace) -> dict:
 
 def check_config(config: dict) -> None:
     """Raise InputError where settings do not fit one another."""
+    first, last = config["prune_between"]
+    if share_of(first) >= share_of(last):
+        raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
     if config["model"] == "nnunet" and config["loss"] == "DS_CrossEntropyDiceLoss_Distance":
         raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
     n_axes = 2 if config["dim"] == "2D" else 3

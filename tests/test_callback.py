@@ -5,7 +5,7 @@ from lib.callback import _end_epoch_log, _end_epoch_measure, _end_epoch_prune, _
 from lib.checkpoint import TrainingState
 from lib.models import Sauron, summary
 
-RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02}
+RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, "between": (0, 100)}
 
 
 @pytest.fixture
@@ -48,6 +48,14 @@ def test_filters_closer_than_tau_go_and_the_reference_stays(state):
     assert state.model.encoder[1].seq[0].weight.equal(kept)
     threshold = state.thresholds["enc_ConvBlock_2"]
     assert (threshold.lost, threshold.filters_before) == (1, 4)
+
+
+def test_nothing_goes_outside_the_given_epochs(state):
+    state.delta_prune["enc_ConvBlock_2"] = (torch.zeros(4), 1)
+    for between, left in (((1, 9), 4), ((0, 0.9), 4), ((0, 1), 1)):
+        _end_epoch_prune(state, **RULE | {"between": between})
+        assert state.model.encoder[1].seq[0].out_channels == left
+        assert set(state.rows[-1]["tau"].values()) == {0.001}
 
 
 def test_a_block_that_lost_filters_waits_while_the_others_rise(state):

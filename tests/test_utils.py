@@ -61,6 +61,7 @@ def test_defaults_of_acdc_are_the_published_ones():
         "kappa": 15,
         "rho": 5,
         "mu": 0.02,
+        "prune_between": ["0%", "100%"],
         "model": "sauron",
         "no_prune": False,
         "loss": "DS_CrossEntropyDiceLoss_Distance",
@@ -88,6 +89,7 @@ def test_without_distances_the_loss_has_none(argv):
         (["--patch_size", "64"], "needs 2 numbers"),
         (["--patch_size", "60", "64"], "60 is not"),
         (["--patch_size", "8", "64"], "at least 16"),
+        (["--prune_between", "50%", "50%"], "--prune_between 50% 50%"),
         (["--epoch_start", "3"], "--epoch_start needs --model_state"),
         (["--optim", "sgd", "--momentum", "0", "--nesterov", "True"], "--nesterov"),
     ],
@@ -114,6 +116,8 @@ def test_settings_that_do_not_fit_one_another(argv, message):
         ["--tau_max", "1.5"],
         ["--lambda", "-1"],
         ["--num_workers", "-1"],
+        ["--prune_between", "10", "60%"],
+        ["--prune_between", "10%", "101%"],
     ],
 )
 def test_bad_values_end_with_exit_code_2_and_one_line(argv, capsys):

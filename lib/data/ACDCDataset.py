@@ -44,6 +44,7 @@ class ACDCDataset(BaseDataset):
         "kappa": 15,
         "rho": 5,
         "mu": 0.02,
+        "prune_between": ("0%", "100%"),
     }
 
     @classmethod

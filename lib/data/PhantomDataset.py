@@ -21,8 +21,15 @@ class PhantomDataset(ACDCDataset):
     patch_size = (64, 64)
     cases = range(1, 31)
     defaults = ACDCDataset.defaults | {
-        **{"fms_init": 16, "levels": 4, "epochs": 60, "val_interval": 1},
-        **{"tau_max": 0.46, "kappa": 4, "rho": 2, "mu": 0.1},  # settle early, prune for real within these epochs
+        "fms_init": 16,
+        "levels": 4,
+        "epochs": 60,
+        "val_interval": 1,
+        "tau_max": 0.46,
+        "kappa": 4,
+        "rho": 2,
+        "mu": 0.1,
+        "prune_between": ("0%", "80%"),  # then train what is left
     }
 
     def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:
