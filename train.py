@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lib import checkpoint
-from lib.callback import callbacks
+from lib.callback import callbacks, fixed_image
 from lib.checkpoint import TrainingState
 from lib.data import DATASETS
 from lib.error import InputError
@@ -63,6 +63,7 @@ def train(argv: list[str] | None) -> None:
         seed_train=config["seed_train"],
     )
     data.prepare()
+    save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None
     model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
 
     folder = run or checkpoint.new_run_folder(config)
@@ -104,6 +105,7 @@ def train(argv: list[str] | None) -> None:
                 class_names=data.class_names,
                 writer=writer,
                 pruning=pruning,
+                save_fms=save_fms,
             ),
             epochs=config["epochs"],
             lr=config["lr"],
