@@ -112,6 +112,7 @@ def train(argv: list[str] | None) -> None:
             val_interval=config["val_interval"],
             prune=pruning is not None,
             device=device,
+            amp=config.get("amp", False),
         )
     for key, before in state.unpruned.items():
         now = state.rows[-1][key]
