@@ -17,7 +17,8 @@ from statistics import fmean
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+from isal import igzip, isal_zlib
+from nibabel.filebasedimages import ImageFileError, SerializableImage
 from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 
 SUFFIX = ".nii.gz"
 PROBABILITIES = f"_probabilities{SUFFIX}"
-UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)  # what nibabel raises
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error, isal_zlib.error)
 FOLDERS = ("training", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep their subjects
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
@@ -97,7 +98,7 @@ def read_labels(
     """
     try:
         image = nib.load(path)
-        labels = np.asarray(image.dataobj)
+        labels = _read_voxels(path, image)
     except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read as a NIfTI image ({' '.join(str(error).split())})") from error
     while labels.ndim > 3 and labels.shape[-1] == 1:
@@ -114,6 +115,14 @@ def read_labels(
     if not in_range or (labels.dtype.kind == "f" and (labels != np.rint(labels)).any()):
         _refuse_labels(path, labels, n_classes)
     return labels, image.affine, spacing_mm
+
+
+def _read_voxels(path: Path, image) -> np.ndarray:
+    """The array of a file that nibabel has opened as `image`, in the type that it is stored in."""
+    if Path(path).suffix != ".gz" or not isinstance(image, SerializableImage):
+        return np.asarray(image.dataobj)
+    with igzip.open(path) as stream:  # decompresses three times faster than what nibabel uses
+        return np.asarray(type(image).from_stream(stream).dataobj)
 
 
 def _refuse_labels(path: Path, labels: np.ndarray, n_classes: int) -> None:
