@@ -13,6 +13,7 @@ from lib.callback import callbacks, fixed_image
 from lib.checkpoint import TrainingState
 from lib.data import DATASETS
 from lib.error import InputError
+from lib.experiments.report import report_training
 from lib.log import Log
 from lib.loss import LOSSES
 from lib.models import build_model, summary
@@ -117,6 +118,7 @@ def train(argv: list[str] | None) -> None:
     for key, before in state.unpruned.items():
         now = state.rows[-1][key]
         log(f"{key:<10} {before:>15,} -> {now:>15,} ({100 * now / before:.1f}%)")
+    report_training(folder, device, log)
 
 
 def main(argv: list[str] | None = None) -> int:
