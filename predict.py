@@ -43,6 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     add("--batch_size", type=number(int, 1), help="patches computed at once (default: 8 in 2D, 2 in 3D)")
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe (default: float32 throughout)")
     add("--probabilities", action="store_true", help="also write <id>_probabilities.nii.gz (default: labels only)")
     add(
         "--challenge_names",
@@ -102,7 +103,7 @@ def predict(args: argparse.Namespace) -> None:
     write_json(args.output / "model.json", describe(model, args.model_state, dataset, patch_size, config))
     for subject, path in tqdm(images.items(), desc="predict", unit="image"):
         prediction = predict_file(
-            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities
+            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities, args.amp
         )
         *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
