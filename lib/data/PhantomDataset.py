@@ -56,12 +56,14 @@ class Phantom3DDataset(KiTSDataset):
     test_cases = ()
     defaults = KiTSDataset.defaults | {
         "fms_init": 8,
-        "levels": 3,
-        "epochs": 60,
+        "levels": 4,
+        "epochs": 40,
+        "batch_size": 1,
+        "lr": 5e-3,
         "val_interval": 1,
-        "tau_max": 0.3,
-        "kappa": 4,
-        "rho": 2,
+        "tau_max": 0.4,
+        "kappa": 2,
+        "rho": 3,
         "mu": 0.1,
         "prune_between": ("0%", "80%"),
     }
