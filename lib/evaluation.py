@@ -6,10 +6,7 @@ Neither this module nor what it imports needs torch, so that worker processes st
 import json
 import math
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +18,7 @@ from tqdm import tqdm
 
 from lib.error import InputError
 from lib.metric import DISTANCES, METRICS, TOLERANCE_MM, label_metrics
+from lib.workers import worker_pool
 
 SUFFIX = ".nii.gz"
 PROBABILITIES = f"_probabilities{SUFFIX}"
@@ -125,11 +123,8 @@ def evaluate(pairs, n_classes: int, tolerance_mm: float = TOLERANCE_MM, num_work
     if num_workers == 1:
         metrics = _with_progress(map(evaluate_pair, *arguments), len(pairs))
     else:
-        try:
-            with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
-                metrics = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
-        except BrokenProcessPool as error:
-            raise InputError(f"--num_workers {num_workers}: a process died (out of memory?); try fewer") from error
+        with worker_pool(num_workers, method="spawn") as pool:
+            metrics = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
     average, n = {}, {}
     for metric in METRICS:
         columns = zip(*(subject[metric] for subject in metrics), strict=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +81,23 @@ def train_epoch(
             loss, measured = compute_loss(state.model, criterion, images, labels, prune and i == n_batches - 1)
             if not torch.isfinite(loss):
                 subjects = ", ".join(sorted(set(batch["id"])))
-                raise InputError(
-                    f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}; the model of epoch "
-                    f"{epoch - 1} is kept in {state.folder}: look at these images, or try a smaller --lr"
-                )
+                _stop(state, f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}")
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             state.optimizer.step()
             total += loss.item()
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
+    if not all(torch.isfinite(parameter).all() for parameter in state.model.parameters()):
+        _stop(state, f"the last step of epoch {epoch} left weights that are not finite")
     state.delta_prune = measured.delta_prune
     return total / n_batches
+
+
+def _stop(state: TrainingState, what: str) -> NoReturn:
+    """Raise the InputError that says what is not finite, and what is kept."""
+    kept = f"the model of epoch {state.epoch} is kept in {state.folder}" if state.rows else "no epoch was finished"
+    raise InputError(f"{what}; {kept}: look at the images, or try a smaller --lr")
 
 
 def compute_loss(
@@ -120,6 +126,8 @@ def validate(
         ):
             images, labels = images.to(device), labels.to(device)
             loss, measured = compute_loss(model, criterion, images, labels)
+            if not torch.isfinite(loss):
+                raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
             total += loss.item() * len(images)
             n_patches += len(images)
             counts += overlap(measured.outputs[0].argmax(1), labels, data.n_classes).cpu()

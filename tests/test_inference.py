@@ -218,9 +218,9 @@ def test_the_same_prediction_gives_the_same_bytes_and_no_other_file(tmp_path):
 class Toy:
     """A data set of three images, with what predict.py needs of one."""
 
-    name, class_names, modalities, dim = "toy", ("background", "bright"), 1, "2D"
+    name, class_names, n_classes, modalities, dim = "toy", ("background", "bright"), 2, 1, "2D"
     patch_size, preprocessing = (16, 16), KEEP
-    defaults = {"fms_init": 4, "levels": 3}
+    defaults = DATASETS["acdc"].defaults | {"fms_init": 4, "levels": 3}
 
     def __init__(self, data_path=None, split="0.9:0.1", seed_data=42):
         self.folder, self.split, self.seed_data = Path(data_path), split, seed_data

@@ -44,16 +44,30 @@ class Preprocessed(NamedTuple):
 def read_image(path: str | Path) -> tio.ScalarImage:
     """A NIfTI file as (1, X, Y, Z) float32 in its own array order and affine, never reoriented.
 
-    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has NaN
-    or infinite voxels, or an affine that maps no volume to a volume.
+    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has
+    voxels that are no finite real numbers or all the same, or a spacing or affine that no volume has.
     """
+    image = _read(path)
+    if image.data.min() == image.data.max():
+        raise InputError(f"{path}: all voxels are {image.data.min():g}; replace this image")
+    return image
+
+
+def _read(path: str | Path) -> tio.ScalarImage:
+    """An image or a label, as `read_image`."""
     try:
         nifti = nib.load(path)
-        array = np.asarray(nifti.dataobj, dtype=np.float32)
+        dtype, spacing_mm = nifti.get_data_dtype(), stored_spacing(nifti)
+        real = dtype.kind in "buif"
+        array = np.asarray(nifti.dataobj, dtype=np.float32) if real else None
         affine = np.asarray(nifti.affine, dtype=float)
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
+    if not real:
+        raise InputError(f"{path}: its voxels are {dtype}, not real numbers; convert it to a grey-scale image")
+    if not all(0 < size < np.inf for size in spacing_mm):
+        raise InputError(f"{path}: the voxel size is {spacing_mm} mm; mend the header")
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim != 3 or array.size == 0:
@@ -65,12 +79,26 @@ def read_image(path: str | Path) -> tio.ScalarImage:
     return tio.ScalarImage(tensor=torch.from_numpy(array)[None], affine=affine)
 
 
+def stored_spacing(nifti: nib.spatialimages.SpatialImage) -> tuple[float, ...]:
+    """Voxel size in mm of the three axes as it is in the file; nibabel turns a negative one into a positive one."""
+    header = nifti.header
+    if "pixdim" not in header:
+        return tuple(float(size) for size in header.get_zooms()[:3])
+    file_map = nifti.file_map["header" if nifti.file_map.get("header") else "image"]
+    with file_map.get_prepare_fileobj("rb") as file:
+        stored = type(header).from_fileobj(file, check=False)
+    return tuple(float(size) for size in stored["pixdim"][1 : 1 + min(3, nifti.ndim)])
+
+
 def read_label(path: str | Path, n_classes: int) -> tio.LabelMap:
     """A label file as (1, X, Y, Z) uint8. Raises InputError as `read_image`, or for values other than the classes'."""
-    label = read_image(path)
-    for value in label.data.unique().tolist():
+    label = _read(path)
+    for value, count in zip(*(part.tolist() for part in label.data.unique(return_counts=True)), strict=True):
         if value not in range(n_classes):
-            raise InputError(f"{path}: has the label {value:g}, but the labels of this data set are 0..{n_classes - 1}")
+            raise InputError(
+                f"{path}: has the label {value:g} in {count} voxels, but the labels of this data set are the whole "
+                f"numbers 0 to {n_classes - 1}; correct them"
+            )
     return tio.LabelMap(tensor=label.data.byte(), affine=label.affine)
 
 
