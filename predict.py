@@ -14,6 +14,7 @@ from lib.error import InputError
 from lib.inference import predict_file, save
 from lib.models import load_model, summary
 from lib.models.nnUNet import nnUNet
+from lib.stop import check_stopped
 from lib.utils import Parser, find_device, number, one_of, read_config, run_script
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -170,6 +171,7 @@ def predict(args: argparse.Namespace) -> None:
 
     description = describe(model, patch_size, args, config)
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
+        check_stopped()
         prediction = predict_file(model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size)
         if i == 0:  # a first image that is bad leaves nothing behind
             make_output(args.output)

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from lib import checkpoint
-from lib.callback import callbacks
+from lib.callback import callbacks, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import DATASETS
-from lib.error import InputError, Stopped
+from lib.error import InputError
 from lib.lock import locked
 from lib.log import Log
 from lib.loss import LOSSES
 from lib.models import build_model, summary
 from lib.models.BaseModel import read_state
+from lib.stop import Stopped
 from lib.trainer import build_optimizer, fit
 from lib.utils import (
     continued_config,
@@ -108,7 +108,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     loss = LOSSES[config["loss"]]
     criterion = loss(config["lambda_"]) if loss.uses_distances else loss()
     try:
-        with SummaryWriter(folder, purge_step=epoch + 1) as writer:
+        with tensorboard(folder, epoch) as writer:
             fit(
                 state,
                 criterion,

@@ -1,6 +1,4 @@
-"""What may end a script early."""
-
-import signal
+"""The one exception that a user may cause."""
 
 
 class InputError(Exception):
@@ -8,11 +6,3 @@ class InputError(Exception):
 
     The scripts print the line and end with exit code 2; nothing else in the project catches it.
     """
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C came; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lib.error import InputError
 from lib.metric import DISTANCES, METRICS, TOLERANCE_MM, label_metrics
+from lib.stop import check_stopped
 from lib.workers import worker_pool
 
 SUFFIX = ".nii.gz"
@@ -135,7 +136,11 @@ def evaluate(pairs, n_classes: int, tolerance_mm: float = TOLERANCE_MM, num_work
 
 
 def _with_progress(results, total: int) -> list:
-    return list(tqdm(results, total=total, desc="evaluate", unit="subject"))
+    done = []
+    for result in tqdm(results, total=total, desc="evaluate", unit="subject"):
+        check_stopped()
+        done.append(result)
+    return done
 
 
 def read_model_summary(folder: Path) -> dict | None:

@@ -13,6 +13,7 @@ from lib.checkpoint import TrainingState
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
 from lib.models.Sauron import Measured
+from lib.stop import check_stopped
 
 
 def poly_lr(lr: float, epoch: int, epochs: int) -> float:
@@ -88,6 +89,7 @@ def train_epoch(
             total += loss.item()
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
+            check_stopped()
     if not all(torch.isfinite(parameter).all() for parameter in state.model.parameters()):
         _stop(state, f"the last step of epoch {epoch} left weights that are not finite")
     state.delta_prune = measured.delta_prune
@@ -125,6 +127,7 @@ def validate(
             volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
         ):
             images, labels = images.to(device), labels.to(device)
+            check_stopped()
             loss, measured = compute_loss(model, criterion, images, labels)
             if not torch.isfinite(loss):
                 raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")

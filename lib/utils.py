@@ -8,12 +8,9 @@ import math
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,9 +18,10 @@ import torch
 
 from lib.data import DATASETS
 from lib.distance import DISTANCES, IMPORTANCES
-from lib.error import InputError, Stopped
+from lib.error import InputError
 from lib.loss import LOSSES
 from lib.models import MODELS
+from lib.stop import Stopped, stoppable
 
 # Settings that a run may change when it is continued; all others stay what they were.
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
@@ -64,10 +62,10 @@ def one_of(names: Iterable[str]) -> dict:
 
 def run_script(main: Callable[[], None], after_stop: str = "") -> int:
     """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
-    file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C, which both raise Stopped in `main`
-    (`after_stop` says how to go on)."""
+    file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
+    on)."""
     name = Path(sys.argv[0]).name
-    with _stoppable():
+    with stoppable():
         try:
             main()
             return 0
@@ -84,22 +82,6 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
             line = "not enough memory; try a smaller --batch_size or --patch_size"
     print(f"{name}: error: {line}", file=sys.stderr)
     return 2
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Within it SIGTERM and Ctrl-C raise Stopped (in the main thread, which alone gets signals)."""
-
-    def stop(number: int, _frame) -> NoReturn:
-        raise Stopped(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:

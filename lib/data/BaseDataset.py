@@ -29,6 +29,7 @@ from lib.data.augmentation import augmentation
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing, zscore
 from lib.error import InputError
+from lib.stop import check_stopped
 from lib.workers import worker_pool
 
 QUEUE = 16  # volumes whose patches are mixed with one another
@@ -142,7 +143,7 @@ class BaseDataset:
         with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
             done = pool.map(store, stale, folders)
             for _ in tqdm(done, f"preprocessing {self.name}", len(stale), unit="volume"):
-                pass
+                check_stopped()
 
     def get(self, partition: str) -> "Volumes":
         """The whole volumes of "train", "validation" or "test", preprocessed and z-scored: see `Volumes`."""
