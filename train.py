@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.callback import callbacks, tensorboard
+from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import DATASETS
 from lib.error import InputError
@@ -71,6 +71,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         seed_train=config["seed_train"],
     )
     data.prepare()
+    save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None
     model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
 
     folder = run or checkpoint.new_run_folder(config)
@@ -119,6 +120,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
                     class_names=data.class_names,
                     writer=writer,
                     pruning=pruning,
+                    save_fms=save_fms,
                 ),
                 epochs=config["epochs"],
                 lr=config["lr"],

@@ -5,10 +5,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lib import checkpoint
 from lib.checkpoint import TrainingState
+from lib.data import patches
+from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
 from lib.models import count_filters, summary
 from lib.pruning import Threshold, filters_to_keep, prune, raise_threshold, tau, training_settled
@@ -61,6 +66,40 @@ def _end_epoch_measure(state: TrainingState, patch_size: tuple[int, ...]) -> Non
     counted = count_filters(state.model)
     state.rows[-1] |= summary(state.model, patch_size)
     state.rows[-1] |= {"in_filters": counted["in"], "out_filters": counted["out"]}
+
+
+def fixed_image(data: BaseDataset) -> Tensor:
+    """The image whose feature maps are saved, (1, 1, *patch_size): the middle slice (3D: patch) of the first
+    validation volume, cropped or padded centrally. Raises InputError if there is no validation set."""
+    if not data.ids["validation"]:
+        raise InputError("--save_fms: there is no validation image; give --split a second share, such as 0.9:0.1")
+    volume = patches.fit(data.get("validation")[0].image.data, data.patch_size)
+    size = (*data.patch_size, 1)[:3]
+    start = tuple((n - p) // 2 for n, p in zip(volume.shape[1:], size, strict=True))
+    return patches.cut(volume, data.patch_size, [start])
+
+
+@torch.no_grad()
+def _end_epoch_save_all_FMs(state: TrainingState, image: Tensor, every: int) -> None:  # noqa: N802 (the published name)
+    """fms/epoch-E/BLOCK.npy: the maps that every block, heads included, makes of `image`, (C, *spatial) float16, in
+    every `every`-th epoch (paper section 4.2)."""
+    if state.epoch % every:
+        return
+    folder = state.folder / "fms" / f"epoch-{state.epoch:04}"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = image.to(next(state.model.parameters()).device)
+    n_bytes = 0
+    for name, maps in state.model.eval().forward_saveFMs(image).items():
+        array = maps[0].clamp(-65504, 65504).half().cpu().numpy()  # the largest float16
+        checkpoint.write_atomically(folder / f"{name}.npy", partial(_save_array, array))
+        n_bytes += array.nbytes
+    if state.epoch == every:
+        state.log(f"feature maps: {n_bytes / 1e6:.1f} MB in every {every}. epoch, in {folder.parent}")
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    with open(path, "wb") as file:  # np.save would append .npy to the name
+        np.save(file, array)
 
 
 def _end_epoch_save_history(state: TrainingState) -> None:
@@ -132,13 +171,15 @@ def callbacks(
     class_names: tuple[str, ...],
     writer: SummaryWriter,
     pruning: dict | None,
+    save_fms: dict | None = None,
 ) -> list[Callback]:
-    """The published order: prune, histories, filter files, model. `pruning` holds tau_max, kappa, rho and mu; None
-    leaves the network as it is."""
+    """The published order: prune, histories, filter files, model. `pruning` and `save_fms` hold the arguments of their
+    callbacks; None leaves them out."""
     return [
         _end_epoch_save_best,
         *([partial(_end_epoch_prune, **pruning)] if pruning else []),
         partial(_end_epoch_measure, patch_size=patch_size),
+        *([partial(_end_epoch_save_all_FMs, **save_fms)] if save_fms else []),
         _end_epoch_save_history,
         _end_epoch_save_filters,
         partial(_end_epoch_tensorboard, writer=writer, class_names=class_names),

@@ -186,6 +186,15 @@ def _parser() -> Parser:
     add(run, "--device", "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one", "auto")
     add(run, "--seed_train", "seed of weights, augmentation and pruning", type=seed)
 
+    run.add_argument(
+        "--save_fms",
+        action="store_true",
+        default=None,
+        help="save the feature maps of one validation image in RUN/fms, for lib.experiments.clusterability "
+        "(default: do not)",
+    )
+    add(run, "--save_fms_every", "save them in every n-th epoch", "1", type=positive, metavar="N")
+
     network = parser.add_argument_group("network")
     add(
         network,
@@ -313,6 +322,8 @@ def make_config(args: argparse.Namespace) -> dict:
         "dist_fun": "euc_norm",
         "imp_fun": "euc_rand",
         "no_prune": False,
+        "save_fms": False,
+        "save_fms_every": 1,
         "in_filters": None,
         "out_filters": None,
         "patch_size": dataset.patch_size,

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 CONTEXT = get_context("forkserver")  # its children need not import torch anew
-CONTEXT.set_forkserver_preload(["train", "predict"])
+CONTEXT.set_forkserver_preload(["train", "predict", "torch._inductor"])
 TARGETS = {
     "prepare": ("lib.data.BaseDataset", "BaseDataset.prepare"),
     "epoch": ("lib.trainer", "train_epoch"),

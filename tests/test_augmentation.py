@@ -3,7 +3,7 @@ import pytest
 import torch
 import torchio as tio
 
-from lib.data.augmentation import augmentation
+from lib.data.augmentation import RandomElasticDeformation, augmentation, elastic_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")  # 7.5 mm may fold volumes so small
 SPACING = np.diag([1.25, 1.25, 8.0, 1.0])
@@ -105,3 +105,35 @@ def test_what_comes_out_is_zscored(seed):
     image = augmentation("2D")(subject(5 + 3 * torch.randn(1, 24, 24, 8))).image.data
     assert image.dtype == torch.float32
     assert abs(float(image.mean())) < 1e-5 and float(image.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [
+        ((40, 37, 10), (1.25, 1.25, 10)),
+        ((18, 30, 22), (3.2, 1.6, 1.6)),
+        ((30, 3, 2), (2, 3, 4)),
+        ((40, 44, 1), (1, 2, 3)),
+    ],
+)
+def test_the_deformation_equals_that_of_torchio(shape, spacing):
+    """The same seed gives the same control points, and these the same image, its border and its labels included."""
+    torch.manual_seed(3)
+    image, label = torch.randn(1, *shape), torch.randint(0, 4, (1, *shape), dtype=torch.uint8)
+    for seed in range(3):
+        results = []
+        for deformation in (tio.RandomElasticDeformation, RandomElasticDeformation):
+            torch.manual_seed(seed)
+            results.append(deformation()(subject(image, label, np.diag([*spacing, 1.0]))))
+        expected, found = results
+        torch.testing.assert_close(found.image.data, expected.image.data, rtol=0, atol=1e-4)
+        assert (found.label.data != expected.label.data).float().mean() < 1e-3  # where rounding decides
+        assert (expected.image.data - image).abs().max() > 0.1
+
+
+def test_without_displacement_every_voxel_comes_from_itself():
+    grid = elastic_grid(torch.zeros(7, 7, 7, 3), (6, 5, 4), (1.25, 1.25, 10))
+    z, y, x = ((grid + 1) * torch.tensor([4, 5, 6]) / 2 - 0.5).unbind(-1)
+    for axis, (found, size) in enumerate(zip((x, y, z), (6, 5, 4), strict=True)):
+        own = torch.arange(size).reshape([-1 if i == axis else 1 for i in range(3)]).expand(6, 5, 4)
+        torch.testing.assert_close(found, own.float(), rtol=0, atol=1e-4)

@@ -1,8 +1,20 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+import torchio as tio
 
-from lib.callback import _end_epoch_log, _end_epoch_measure, _end_epoch_prune, _end_epoch_save_best
+from lib.callback import (
+    _end_epoch_log,
+    _end_epoch_measure,
+    _end_epoch_prune,
+    _end_epoch_save_all_FMs,
+    _end_epoch_save_best,
+    fixed_image,
+)
 from lib.checkpoint import TrainingState
+from lib.error import InputError
 from lib.models import Sauron, summary
 
 RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, "between": (0, 100)}
@@ -97,6 +109,46 @@ def test_best_model_is_by_mean_foreground_dice(state):
     _end_epoch_save_best(state)
     assert best.read_bytes() != first
     assert state.best_dice == pytest.approx(0.65)
+
+
+def test_feature_maps_of_the_network_as_it_is_go_to_one_file_per_block(state):
+    image = torch.randn(1, 1, 8, 8)
+    state.delta_prune["enc_ConvBlock_2"] = (torch.zeros(4), 1)
+    _end_epoch_prune(state, **RULE)
+    _end_epoch_save_all_FMs(state, image, every=2)
+    assert not (state.folder / "fms").exists()  # epoch 1
+    state.epoch = 2
+    _end_epoch_save_all_FMs(state, image, every=2)
+    folder = state.folder / "fms" / "epoch-0002"
+    blocks = {block.name: block.out_filters for block in state.model.blocks()}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.npy" for name in blocks)
+    found = {name: np.load(folder / f"{name}.npy") for name in blocks}
+    assert {name: len(maps) for name, maps in found.items()} == blocks
+    assert blocks["enc_ConvBlock_2"] == 1
+    assert found["enc_ConvBlock_3"].shape == (8, 4, 4)
+    with torch.no_grad():
+        expected = state.model.feature_maps(image)
+        for name, maps in expected:
+            assert found[name].dtype == np.float16
+            assert found[name] == pytest.approx(maps[0].numpy(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "expected"), [((3, 4), np.s_[1:4, 0:4, 2]), ((3, 2, 2), np.s_[1:4, 1:3, 1:3]), ((3, 6), None)]
+)
+def test_the_fixed_image_is_the_middle_of_the_first_validation_volume(patch_size, expected):
+    volume = torch.randn(1, 5, 4, 5 if len(patch_size) == 2 else 4)
+    subject = tio.Subject(image=tio.ScalarImage(tensor=volume))
+    data = SimpleNamespace(ids={"validation": ["v"]}, patch_size=patch_size, get=lambda _: [subject])
+    image = fixed_image(data)
+    assert image.shape == (1, 1, *patch_size)
+    if expected:
+        assert image[0, 0].equal(volume[0][expected])
+    else:
+        assert image[0, 0].equal(torch.nn.functional.pad(volume[0, 1:4, :, 2], (1, 1)))
+    data.ids["validation"] = []
+    with pytest.raises(InputError, match="--save_fms"):
+        fixed_image(data)
 
 
 def test_the_line_of_an_epoch(state):
