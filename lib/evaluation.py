@@ -5,15 +5,12 @@ Neither this module nor what it imports needs torch, so that worker processes st
 
 import json
 import math
-import zlib
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
 from lib.error import InputError
@@ -23,7 +20,6 @@ from lib.workers import worker_pool
 
 SUFFIX = ".nii.gz"
 PROBABILITIES = f"_probabilities{SUFFIX}"
-UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)  # what nibabel raises
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
 
@@ -70,8 +66,10 @@ def read_labels(path: Path, n_classes: int) -> tuple[np.ndarray, np.ndarray, tup
     try:
         image = nib.load(path)
         labels = np.asarray(image.dataobj)
-    except UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read as a NIfTI image ({' '.join(str(error).split())})") from error
+    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
+        raise InputError(
+            f"{path}: cannot be read as a NIfTI image ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
     while labels.ndim > 3 and labels.shape[-1] == 1:
         labels = labels[..., 0]
     spacing_mm = tuple(float(size) for size in image.header.get_zooms()[:3])

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -65,6 +66,7 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
     file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
     on)."""
     name = Path(sys.argv[0]).name
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # we say ourselves what a broken header has
     with stoppable():
         try:
             main()
