@@ -1,0 +1,427 @@
+"""How fast the parts are, as ratios of two things measured in turn: `python -m lib.experiments.speed step`.
+
+step      a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet
+epoch     an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data
+data      augmented patches from torchio's own chain over ours
+predict   predict.py with a tenth of the FLOPs over all of them; our windows over a loop of one patch at a time
+evaluate  metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory
+
+Every line gives the median and the range over the repeats. CPU seconds are counted where there is one thread, the wall
+clock's elsewhere.
+"""
+
+import argparse
+import copy
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+import torchio as tio
+from medpy.metric import binary
+from torch import Tensor, nn
+
+from lib.checkpoint import TrainingState, save_model
+from lib.data import DATASETS
+from lib.data.augmentation import augmentation
+from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
+from lib.data.preprocessing import preprocess, read_image
+from lib.evaluation import evaluate_pair
+from lib.inference import predict_volume
+from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
+from lib.metric import TOLERANCE_MM
+from lib.models import summary
+from lib.models.nnUNet import nnUNet
+from lib.models.Sauron import Measured, Sauron
+from lib.pruning import prune
+from lib.trainer import compute_loss, train_epoch
+from lib.utils import find_device, number, run_script
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARE = 0.1  # of the FLOPs that a pruned network keeps
+
+
+# --- the formulas as they are written ---------------------------------------------------------------------------------
+
+
+class LiteralSauron(Sauron):
+    """Sauron with min-max and differences of full-size maps, and delta_prune in every forward pass."""
+
+    def forward(self, x: Tensor, delta_opt: bool = True, delta_prune: bool = True) -> Measured:
+        measured = Measured([], {}, {})
+        for name, h in self.feature_maps(x):
+            if name.startswith("dec_Sequential"):
+                measured.outputs.insert(0, h)
+            else:
+                measured.delta_opt[name] = literal_delta_opt(h)
+                measured.delta_prune[name] = literal_delta_prune(h)
+        return measured
+
+
+def literal_delta_opt(h: Tensor) -> Tensor:
+    spatial = tuple(range(2, h.ndim))
+    low, high = h.amin(spatial, keepdim=True), h.amax(spatial, keepdim=True)
+    pooled = _pool((h - low) / (high - low))
+    return (pooled[:, :1] - pooled[:, 1:]).square().mean(spatial).sqrt()
+
+
+def literal_delta_prune(h: Tensor) -> tuple[Tensor, int]:
+    r, pooled = int(torch.randint(h.shape[1], (1,))), _pool(h)
+    distance = (pooled[:, r : r + 1] - pooled).square().mean(tuple(range(2, h.ndim))).sqrt()
+    return (distance / distance.amax(1, keepdim=True)).mean(0), r
+
+
+def _pool(h: Tensor) -> Tensor:
+    return (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, 2)
+
+
+def torchio_chain(dim: str) -> tio.Compose:
+    """The augmentation with torchio's own elastic deformation."""
+    chain = augmentation(dim)
+    elastic = tio.RandomElasticDeformation(7, max_displacement=7.5, locked_borders=2, p=0.3, copy=False)
+    chain.transforms = [elastic if t.name == elastic.name else t for t in chain.transforms]
+    return chain
+
+
+@torch.no_grad()
+def predict_one_by_one(model: nn.Module, volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
+    """Labels (X, Y, Z): `predict_volume` with one patch and one mirroring at a time."""
+    return predict_volume(model, volume, patch_size, batch_size=1).argmax(0)
+
+
+def medpy_metrics(prediction: Path, truth: Path) -> list[list[float]]:
+    """[[Dice, HD, HD95] of each foreground class], on full volumes of floats."""
+    p, t = (nib.load(path).get_fdata() for path in (prediction, truth))
+    spacing_mm = nib.load(truth).header.get_zooms()
+    results = []
+    for label in range(1, int(t.max()) + 1):
+        masks = p == label, t == label
+        results.append([binary.dc(*masks), binary.hd(*masks, spacing_mm), binary.hd95(*masks, spacing_mm)])
+    return results
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def clock(device: torch.device) -> float:
+    """CPU seconds of this process and its finished children, or the wall clock's: see above."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
+    return time.perf_counter()
+
+
+def interleave(sides: dict[str, Callable[[], object]], args: argparse.Namespace, warm_up: bool = True) -> dict:
+    """{name: [seconds of each repeat]}, the sides in turn."""
+    seconds = {name: [] for name in sides}
+    for repeat in range(-warm_up, args.repeats):
+        for name, side in sides.items():
+            start = clock(args.device)
+            side()
+            if repeat >= 0:
+                seconds[name].append(clock(args.device) - start)
+    return seconds
+
+
+def show(what: str, values: list[float], unit: str = "") -> None:
+    print(f"{what:<58}{median(values):>9.3f}{unit}  ({min(values):.3f} - {max(values):.3f})", flush=True)
+
+
+def show_ratio(a: str, b: str, seconds: dict[str, list[float]]) -> None:
+    show(f"{a} / {b}", [x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+
+
+def build(kind: type[nnUNet], args: argparse.Namespace) -> nnUNet:
+    """A network of the flags' size with the same random weights whatever its kind."""
+    dataset = DATASETS[args.data]
+    torch.manual_seed(0)
+    model = kind(dataset.modalities, dataset.n_classes, args.fms_init, args.levels, dim=dataset.dim)
+    model.initialize(device=args.device)
+    return model
+
+
+def cut_down(model: nnUNet, args: argparse.Namespace) -> nnUNet:
+    """A copy with the same share of every block's filters, the largest that keeps at most `SHARE` of the FLOPs."""
+    whole, left, percent, small = summary(model, args.patch_size)["flops"], 1.0, 100, model
+    while left > SHARE and percent > 1:
+        percent, small = percent - 1, copy.deepcopy(model)
+        blocks = [block for block in small.blocks() if not block.head]
+        prune(small, None, {b.name: torch.arange(max(1, b.out_filters * percent // 100)) for b in blocks})
+        left = summary(small, args.patch_size)["flops"] / whole
+    print(f"small network: {percent}% of the filters, {100 * left:.1f}% of the FLOPs")
+    return small
+
+
+def dataset_of(args: argparse.Namespace, **settings) -> BaseDataset:
+    return DATASETS[args.data](args.data_path, args.cache_path, patch_size=args.patch_size, **settings)
+
+
+# --- the five figures -------------------------------------------------------------------------------------------------
+
+
+def step(args: argparse.Namespace) -> None:
+    n_classes = DATASETS[args.data].n_classes
+    torch.manual_seed(1)
+    images = torch.randn(args.batch_size, 1, *args.patch_size, device=args.device)
+    labels = torch.randint(n_classes, (args.batch_size, *args.patch_size), device=args.device)
+    distances = DS_CrossEntropyDiceLoss_Distance()
+
+    def trainer(model: nnUNet, criterion: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
+
+        def train_step() -> None:
+            loss, _ = compute_loss(model, criterion, images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        return train_step
+
+    found, literal = (_gradients(build(kind, args), distances, images, labels) for kind in (Sauron, LiteralSauron))
+    print(f"loss: ours {found[0]:.7f}, literal {literal[0]:.7f}; largest relative difference of a gradient: ", end="")
+    print(f"{max(float((a - b).norm() / b.norm()) for a, b in zip(found[1], literal[1], strict=True)):.1e}")
+
+    sides = {
+        "nnUNet": trainer(build(nnUNet, args), DS_CrossEntropyDiceLoss()),
+        "Sauron": trainer(build(Sauron, args), distances),
+        "literal Sauron": trainer(build(LiteralSauron, args), distances),
+        "convolutions alone": convolutions_alone(build(nnUNet, args), images),
+    }
+    seconds = interleave(sides, args)
+    show_ratio("Sauron", "nnUNet", seconds)
+    show_ratio("literal Sauron", "nnUNet", seconds)
+    show_ratio("convolutions alone", "nnUNet", seconds)
+    show_ratio("convolutions alone", "Sauron", seconds)
+    show("Sauron", [1000 * s for s in seconds["Sauron"]], " ms")
+
+
+def _gradients(model: nnUNet, criterion: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[Tensor]]:
+    """The loss, and the gradients of the convolutions' weights (those of most biases are 0 but for rounding)."""
+    loss, _ = compute_loss(model, criterion, images, labels)
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters() if p.ndim > 1]
+
+
+def convolutions_alone(model: nnUNet, images: Tensor) -> Callable[[], None]:
+    """Forward and backward pass of the network's convolutions and nothing else."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.Sequential):
+            del module[1:]
+
+    def run() -> None:
+        outputs = model(images)
+        torch.autograd.backward(outputs, outputs)
+
+    return run
+
+
+class Watched:
+    """The first batches of an epoch of a data set, and the seconds that were spent waiting for them."""
+
+    def __init__(self, data: BaseDataset, n_batches: int | None):
+        self.data, self.n = data, min(n_batches or sys.maxsize, data.n_train_batches())
+        self.waited = self.waited_first = 0.0
+
+    def n_train_batches(self) -> int:
+        return self.n
+
+    def train_batches(self, epoch: int) -> Iterator[dict]:
+        batches = self.data.train_batches(epoch)
+        for i in range(self.n):
+            start = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - start
+            self.waited += waited
+            self.waited_first = waited if i == 0 else self.waited_first
+            yield batch
+
+
+def epoch(args: argparse.Namespace) -> None:
+    data = Watched(dataset_of(args, batch_size=args.batch_size, num_workers=args.num_workers), args.batches)
+    large = build(Sauron, args)
+    networks = {"whole network": large, "small network": cut_down(large, args)}
+    criterion, numbers = DS_CrossEntropyDiceLoss_Distance(), itertools.count(1)
+    seconds = {name: [] for name in networks}
+    waiting, after_first = ({name: [] for name in networks} for _ in range(2))
+    for _ in range(args.repeats):
+        for name, model in networks.items():
+            state = TrainingState(model, torch.optim.Adam(model.parameters(), lr=1e-4), Path(), print)
+            data.waited, start = 0.0, time.perf_counter()
+            train_epoch(state, criterion, data, next(numbers), 0, True, args.device)
+            seconds[name].append(time.perf_counter() - start)
+            waiting[name].append(100 * data.waited / seconds[name][-1])
+            rest = seconds[name][-1] - data.waited_first
+            after_first[name].append(100 * (data.waited - data.waited_first) / rest)
+    print(f"{data.n} batches of {args.batch_size}, {args.num_workers} worker processes (wall clock)")
+    show_ratio("small network", "whole network", seconds)
+    for name in networks:
+        show(f"waiting for data, {name}", waiting[name], "%")
+        show(f"waiting for data, {name}, after the first batch", after_first[name], "%")
+
+
+def data(args: argparse.Namespace) -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(args.threads)
+    dataset = dataset_of(args)
+    dataset.prepare(["train"])
+    n, n_patches, difference = min(args.volumes, len(dataset.ids["train"])), 0, 0.0
+    seconds = {"torchio's chain": [], "ours": []}
+    for repeat in range(args.repeats):  # every repeat draws anew, the same for both sides
+        ours, theirs = (_AugmentedPatches(dataset, repeat) for _ in range(2))
+        theirs.augmentation = torchio_chain(dataset.dim)
+        times = dict.fromkeys(seconds, 0.0)
+        for i in range(n):
+            images = []
+            for name, volumes in zip(seconds, (theirs, ours), strict=True):
+                start = clock(args.device)
+                images.append(volumes[i]["image"])
+                times[name] += clock(args.device) - start
+            difference = max(difference, np.abs(images[0] - images[1]).max())
+            n_patches += len(images[0])
+        for name, total in times.items():
+            seconds[name].append(total)
+    print(f"{n_patches} patches of {dataset.patch_size}; largest difference of a voxel: {difference:.1e}")
+    show_ratio("torchio's chain", "ours", seconds)
+    show("ours, patches per second", [n_patches / args.repeats / s for s in seconds["ours"]])
+
+
+def predict(args: argparse.Namespace) -> None:
+    large = build(nnUNet, args).eval()
+    small = cut_down(large, args)
+    dataset = dataset_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        for file in dataset.files("test")[: args.images]:
+            (images / file.image.name).symlink_to(file.image.resolve())
+
+        def command(model: nnUNet, name: str) -> Callable[[], object]:
+            save_model(Path(folder, name), model)
+            argv = ["--data", args.data, "--input", images, "--output", Path(folder, f"out-{name}"), "--overwrite"]
+            argv += ["--model_state", Path(folder, name), "--device", str(args.device)]
+            argv += ["--patch_size", *map(str, args.patch_size)]
+            return lambda: subprocess.run([sys.executable, ROOT / "predict.py", *argv], check=True, capture_output=True)
+
+        sides = {
+            "predict.py, small network": command(small, "small"),
+            "predict.py, whole network": command(large, "whole"),
+        }
+        show_ratio(*sides, interleave(sides, args, warm_up=False))
+        paths = sorted(path.resolve() for path in images.iterdir())
+    volumes = [preprocess(read_image(path), dataset.preprocessing)[0] for path in paths]
+    literal = LiteralSauron(1, large.n_classes, args.fms_init, args.levels, dim=large.dim).to(args.device).eval()
+    literal.load_state_dict(large.state_dict())
+
+    def outputs_only(x: Tensor) -> list[Tensor]:
+        return literal(x).outputs
+
+    outputs_only.n_classes, outputs_only.parameters = large.n_classes, large.parameters
+    sides = {
+        "ours": lambda: [predict_volume(large, v, args.patch_size).argmax(0) for v in volumes],
+        "one patch at a time": lambda: [predict_one_by_one(large, v, args.patch_size) for v in volumes],
+        "one patch at a time, literal Sauron": lambda: [
+            predict_one_by_one(outputs_only, v, args.patch_size) for v in volumes
+        ],
+    }
+    found, expected, literal_labels = (torch.cat([v.flatten() for v in side()]) for side in sides.values())
+    print(f"voxels whose label differs: {int((found != expected).sum() + (found != literal_labels).sum())}")
+    seconds = interleave(sides, args, warm_up=False)
+    show_ratio("ours", "one patch at a time", seconds)
+    show_ratio("ours", "one patch at a time, literal Sauron", seconds)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    truth = args.label or DATASETS["phantom"](args.data_path, args.cache_path).files("test")[0].label
+    with tempfile.TemporaryDirectory() as folder:
+        prediction, original = Path(folder, "prediction.nii.gz"), nib.load(truth)
+        labels = np.asarray(original.dataobj)
+        n_classes = int(labels.max()) + 1
+        nib.save(type(original)(np.roll(labels, (1, 1, 1), (0, 1, 2)), original.affine, original.header), prediction)
+        pair = (prediction, truth)
+        sides = {
+            "ours": lambda: evaluate_pair(*pair, n_classes, TOLERANCE_MM),
+            "reading with nibabel": lambda: [np.asarray(nib.load(path).dataobj) for path in pair],
+        }
+        found = sides["ours"]()
+        start = clock(args.device)
+        expected = medpy_metrics(*pair)  # once: it takes minutes
+        by_medpy = clock(args.device) - start
+        ours = np.array([found[metric][1:] for metric in ("dice", "HD", "HD95")]).T
+        print(f"{labels.shape} voxels of {labels.dtype}; ", end="")
+        print(f"largest difference from medpy: {np.abs(ours - expected).max():.1e}")
+        seconds = interleave(sides, args)
+        show("medpy / ours", [by_medpy / s for s in seconds["ours"]])
+        show_ratio("ours", "reading with nibabel", seconds)
+        code = (
+            "import sys; from lib.evaluation import evaluate_pair;"
+            "evaluate_pair(sys.argv[1], sys.argv[2], int(sys.argv[3]), 1.64);"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )  # getrusage would tell the peak of this process too
+        argv = [sys.executable, "-c", code, *map(str, pair), str(n_classes)]
+        peak = int(subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout) / 1024
+        volume = labels.nbytes / 2**20
+        print(
+            f"peak memory: {peak:.0f} MiB, which is {peak - 3 * volume:.0f} MiB + 3 label volumes of {volume:.0f} MiB"
+        )
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
+    positive = number(int, 1)
+    parser = argparse.ArgumentParser(prog="lib.experiments.speed", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = {  # filters of the first level, levels, patch, batch, repeats
+        "step": (step, 16, 5, (96, 96), 6, 10),
+        "epoch": (epoch, 32, 5, (128, 128), 10, 3),
+        "data": (data, None, None, None, None, 5),
+        "predict": (predict, 16, 5, None, None, 3),
+        "evaluate": (evaluate, None, None, None, None, 5),
+    }
+    for name, (function, fms_init, levels, patch_size, batch_size, repeats) in defaults.items():
+        command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = command.add_argument
+        command.set_defaults(run=function)
+        add("--repeats", type=positive, default=repeats, help="how often each side is measured")
+        add("--threads", type=positive, default=1, help="of torch and ITK")
+        add("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps")
+        add("--data", default="phantom", choices=sorted(DATASETS), help="the data set")
+        add("--data_path", help="its folder")
+        add("--cache_path", default="data/preprocessed", help="folder for preprocessed volumes")
+        add("--patch_size", type=positive, nargs="+", default=patch_size, help="voxels; None: the data set's")
+        if fms_init:
+            add("--fms_init", type=positive, default=fms_init, help="filters of the first level")
+            add("--levels", type=number(int, 3), default=levels, help="of the network")
+        if batch_size:
+            add("--batch_size", type=positive, default=batch_size, help="patches per step")
+    commands.choices["epoch"].add_argument("--batches", type=positive, help="of an epoch; None: all of it")
+    commands.choices["epoch"].add_argument("--num_workers", type=number(int, 0), default=1, help="processes")
+    commands.choices["data"].add_argument("--volumes", type=positive, default=10, help="in each repeat")
+    commands.choices["predict"].add_argument("--images", type=positive, default=1, help="of the test set")
+    commands.choices["evaluate"].add_argument("--label", type=Path, help="a label file; None: one of the phantom's")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        args.device = find_device(args.device)
+        args.patch_size = tuple(args.patch_size or DATASETS[args.data].patch_size)
+        torch.set_num_threads(args.threads)
+        args.run(args)
+
+    return run_script(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
