@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lib.error import InputError
-from lib.evaluation import evaluate, find_pairs, format_table, read_model_summary
+from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
 from lib.metric import TOLERANCE_MM
 
 
@@ -35,8 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         folders = [Path(root) / dataset.folder for root in (os.environ.get("SAURON_DATA", "data"), "data")]
         own = next((folder for folder in folders if folder.is_dir()), folders[0])
         pairs = find_pairs(args.pred, args.gt or own)
+        rules = Rules(
+            dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.label_takes_grid, dataset.regions
+        )
         summary = read_model_summary(args.pred)
-        results = evaluate(pairs, len(dataset.class_names), args.tolerance, args.num_workers)
+        results = evaluate(pairs, rules, args.num_workers)
         print(format_table(results, dataset.class_names, summary))
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)

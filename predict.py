@@ -1,7 +1,6 @@
 """Predict labels with a trained model: one <id>.nii.gz per image, on the very grid of the original."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,12 +11,19 @@ from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.inference import predict_file, save
-from lib.models import load_model, summary
-from lib.models.nnUNet import nnUNet
+from lib.models import load_model
+from lib.prediction import (
+    challenge_names,
+    check_model,
+    check_same_model,
+    choose_images,
+    describe,
+    input_images,
+    outputs_of,
+    partition_images,
+)
 from lib.stop import check_stopped
 from lib.utils import Parser, find_device, number, one_of, read_config, run_script
-
-SUFFIXES = (".nii.gz", ".nii")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,14 +38,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--input",
         type=Path,
-        help="an image, or a folder of *.nii.gz and *.nii, to predict instead of the data set; --original and "
-        "--partition then have no meaning (default: none)",
+        help="an image, a folder of *.nii.gz and *.nii, or one laid out as the data set, to predict all of it instead "
+        "of a partition; --original and --partition then have no meaning (default: none)",
     )
     add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     add("--batch_size", type=number(int, 1, 10**6), help="patches computed at once (default: 8 in 2D, 2 in 3D)")
     add("--probabilities", action="store_true", help="also write <id>_probabilities.nii.gz (default: labels only)")
+    add(
+        "--challenge_names",
+        action="store_true",
+        help="name predictions as the challenge wants: prediction_NNNNN.nii.gz for kits (default: <id>.nii.gz)",
+    )
     add(
         "--patch_size",
         type=number(int, 1, 2**14),
@@ -63,84 +74,15 @@ def run_config(model_state: Path) -> dict:
     return read_config(folder.parent) if in_run else {}
 
 
-def check_model(model: nnUNet, patch_size: tuple[int, ...], args: argparse.Namespace) -> None:
-    """Raise InputError unless the model, the data set and the patch belong together."""
-    dataset = DATASETS[args.data]
-    needs = {"dim": dataset.dim, "n_classes": len(dataset.class_names), "modalities": dataset.modalities}
-    for what, needed in needs.items():
-        found = getattr(model, what)
-        if found != needed:
-            raise InputError(f"{args.model_state}: {what} is {found}, --data {args.data} needs {needed}")
-    factor = 2 ** (model.levels - 1)
-    if len(patch_size) != int(model.dim[0]) or any(n % factor or n < 2 * factor for n in patch_size):
-        raise InputError(
-            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {model.dim[0]} numbers, each a multiple "
-            f"of {factor} and at least {2 * factor}"
-        )
-
-
 def find_images(args: argparse.Namespace, config: dict) -> dict[str, Path]:
-    """What to predict, by id. Raises InputError if there is nothing."""
+    """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
+    dataset = DATASETS[args.data]
     if args.input is None:
         settings = {key: config[key] for key in ("split", "seed_data") if key in config}
-        files = DATASETS[args.data](data_path=args.original, **settings).files(args.partition)
-        images = {file.id: file.image for file in files}
-        where = f"--partition {args.partition} of {args.data}"
+        images = partition_images(dataset(data_path=args.original, **settings), args.partition)
     else:
-        where = f"--input {args.input}"
-        if not args.input.exists():
-            raise InputError(f"{where}: no such file or folder")
-        paths = sorted(args.input.iterdir()) if args.input.is_dir() else [args.input]
-        images = {}
-        for path in paths:
-            suffix = next((s for s in SUFFIXES if path.name.endswith(s) and not path.name.startswith(".")), None)
-            if suffix and images.setdefault(path.name.removesuffix(suffix), path) != path:
-                raise InputError(f"{path}: another image of the same name is there; rename one of them")
-    if not images:
-        raise InputError(f"{where}: there is no image (.nii.gz or .nii) to predict")
-    return images
-
-
-def outputs_of(subject: str, args: argparse.Namespace) -> list[Path]:
-    """The files of one image, the labels last: where they are, the others are too."""
-    names = [f"{subject}_probabilities.nii.gz"] * args.probabilities + [f"{subject}.nii.gz"]
-    return [args.output / name for name in names]
-
-
-def check_same_model(args: argparse.Namespace) -> None:
-    """Raise InputError if the predictions that are there come from another model."""
-    try:
-        other = json.loads((args.output / "model.json").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not known
-    if other != str(args.model_state.resolve()):
-        raise InputError(f"{args.output}: holds predictions of {other}; give --overwrite or another --output")
-
-
-def choose_images(images: dict[str, Path], args: argparse.Namespace) -> dict[str, Path]:
-    """The images still to be predicted. Raises InputError rather than replace anything unasked."""
-    originals = {path.resolve() for path in images.values()}
-    outputs = {subject: outputs_of(subject, args) for subject in images}
-    for path in (path for paths in outputs.values() for path in paths):
-        if path.resolve() in originals:
-            raise InputError(f"{path}: would replace an image that is to be predicted; give another --output")
-        if path.exists() and not (args.skip_existing or args.overwrite):
-            raise InputError(f"{path}: exists already; give --skip_existing, --overwrite or another --output")
-    if args.skip_existing:
-        check_same_model(args)
-        return {s: path for s, path in images.items() if not all(output.exists() for output in outputs[s])}
-    return images
-
-
-def describe(model: nnUNet, patch_size: tuple[int, ...], args: argparse.Namespace, config: dict) -> dict:
-    """What model.json says: the model, and its size before and after pruning (null where the former is unknown)."""
-    defaults = DATASETS[args.data].defaults
-    now, unpruned = summary(model, patch_size), {}
-    if model.levels == config.get("levels", defaults["levels"]):
-        fms_init = config.get("fms_init", defaults["fms_init"])
-        unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, dim=model.dim), patch_size)
-    sizes = {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
-    return {"model": str(args.model_state.resolve()), "data": DATASETS[args.data].name, **sizes}
+        images = input_images(args.input, dataset)
+    return challenge_names(images, dataset) if args.challenge_names else images
 
 
 def check_output(folder: Path) -> None:
@@ -165,18 +107,23 @@ def predict(args: argparse.Namespace) -> None:
     patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
     check_output(args.output)
     model = load_model(args.model_state, find_device(args.device), args.in_filters, args.out_filters)
-    check_model(model, patch_size, args)
-    images = choose_images(find_images(args, config), args)
+    check_model(model, args.model_state, dataset, patch_size)
+    images = find_images(args, config)
+    images = choose_images(images, args.output, args.probabilities, args.skip_existing, args.overwrite)
+    if args.skip_existing:
+        check_same_model(args.output, args.model_state)
     batch_size = args.batch_size or (8 if model.dim == "2D" else 2)
 
-    description = describe(model, patch_size, args, config)
+    description = describe(model, args.model_state, dataset, patch_size, config)
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
         check_stopped()
-        prediction = predict_file(model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size)
+        prediction = predict_file(
+            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities
+        )
         if i == 0:  # a first image that is bad leaves nothing behind
             make_output(args.output)
             write_json(args.output / "model.json", description)
-        *probabilities, labels = outputs_of(subject, args)
+        *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
             save(prediction.probabilities, output)
         save(prediction.labels, labels)

@@ -14,13 +14,13 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor, nn
 
 from lib.checkpoint import write_atomically
-from lib.data.preprocessing import Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
+from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
 from lib.stop import check_stopped
 
 
 class Prediction(NamedTuple):
     labels: SpatialImage  # uint8, the shape of the original file
-    probabilities: SpatialImage  # float32 (X, Y, Z, n_classes)
+    probabilities: SpatialImage | None  # float32 (X, Y, Z, n_classes)
 
 
 def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
@@ -91,15 +91,29 @@ def predict_file(
     patch_size: tuple[int, ...],
     tta: bool = True,
     batch_size: int = 8,
+    probabilities: bool = False,
 ) -> Prediction:
-    """Labels and probabilities of a NIfTI file, on its very grid. Raises InputError if the file cannot be used."""
+    """Labels and, if asked for, probabilities of a NIfTI file, on its very grid.
+
+    Labels need one byte per voxel of the original and some for the image itself; probabilities four for each class.
+    Raises InputError if the file cannot be used.
+    """
     image = read_image(path)
+    grid = Grid(image.spatial_shape, image.affine)
     volume, affine, padding = preprocess(image, preprocessing)
-    probabilities = predict_volume(model, volume, patch_size, tta, batch_size)
-    probabilities = to_original_grid(probabilities, affine, padding, image)
+    del image  # the largest array of all
+    predicted = predict_volume(model, volume, patch_size, tta, batch_size)
+    labels = np.empty(grid.shape, np.uint8, order="F")  # NIfTI's order
+    kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
+    for slab, part in to_original_grid(predicted, affine, padding, grid):
+        labels[slab] = part.argmax(0)
+        if kept is not None:
+            kept[slab] = part.movedim(0, -1)
     original = nib.load(path)
-    labels = probabilities.argmax(0).numpy().astype(np.uint8).reshape(original.shape)
-    return Prediction(on_grid_of(original, labels), on_grid_of(original, probabilities.movedim(0, -1).numpy()))
+    return Prediction(
+        on_grid_of(original, labels.reshape(original.shape, order="F")),
+        None if kept is None else on_grid_of(original, kept),
+    )
 
 
 def on_grid_of(original: SpatialImage, data: np.ndarray) -> SpatialImage:

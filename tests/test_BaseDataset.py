@@ -153,7 +153,7 @@ def test_preprocessed_once_and_again_when_something_changes(tmp_path, capsys):
     }
     assert {path.name for path in first} == {"image.npy", "label.npy", "meta.json", ".lock"}
     meta = json.loads((dataset.cache / dataset.ids["train"][0] / "meta.json").read_text())
-    assert set(meta) == {"affine", "padding", "sources"}
+    assert set(meta) == {"affine", "padding", "sources", "notes"}
     assert "preprocessing tiny" in capsys.readouterr().err
 
     Tiny3D(source, cache_path, "0.5:0.5").prepare()

@@ -9,7 +9,7 @@ import pytest
 
 import evaluate as script
 from lib.error import InputError
-from lib.evaluation import evaluate, evaluate_pair, find_pairs, format_table, read_labels, read_model_summary
+from lib.evaluation import Rules, evaluate, evaluate_pair, find_pairs, format_table, read_labels, read_model_summary
 from lib.metric import METRICS, label_metrics
 
 SPACING_MM = (1.5, 1.25, 8.0)
@@ -130,10 +130,10 @@ def test_files_that_are_no_label_maps(tmp_path):
 def test_a_pair_must_share_its_grid(tmp_path):
     truth = write(tmp_path / "gt.nii.gz", heart())
     with pytest.raises(InputError, match=r"short.nii.gz: has \(24, 20, 4\) voxels"):
-        evaluate_pair(write(tmp_path / "short.nii.gz", heart()[..., :4]), truth, 4, 1.64)
+        evaluate_pair(write(tmp_path / "short.nii.gz", heart()[..., :4]), truth, Rules(4))
     with pytest.raises(InputError, match="turned.nii.gz: its affine"):
-        evaluate_pair(write(tmp_path / "turned.nii.gz", heart(), (1.5, 1.26, 8.0)), truth, 4, 1.64)
-    assert evaluate_pair(truth, truth, 4, 1.64)["HD"] == [None, 0.0, 0.0, 0.0]
+        evaluate_pair(write(tmp_path / "turned.nii.gz", heart(), (1.5, 1.26, 8.0)), truth, Rules(4))
+    assert evaluate_pair(truth, truth, Rules(4))["HD"] == [None, 0.0, 0.0, 0.0]
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def folders(tmp_path):
 
 
 def test_averages_are_over_the_values_that_exist(folders):
-    results = evaluate(find_pairs(folders / "pred", folders / "gt"), 4)
+    results = evaluate(find_pairs(folders / "pred", folders / "gt"), Rules(4))
     assert list(results) == ["patient001_frame01", "patient001_frame12", "patient002_frame01", "average", "n"]
     assert all(tuple(entry) == METRICS and all(len(v) == 4 for v in entry.values()) for entry in results.values())
     assert results["patient001_frame01"] == label_metrics(heart(1), heart(), SPACING_MM, 4)
@@ -162,13 +162,13 @@ def test_averages_are_over_the_values_that_exist(folders):
 
 def test_processes_give_the_same_as_one_and_hand_on_errors(folders):
     pairs = find_pairs(folders / "pred", folders / "gt")
-    assert evaluate(pairs, 4, num_workers=2) == evaluate(pairs, 4)
+    assert evaluate(pairs, Rules(4), num_workers=2) == evaluate(pairs, Rules(4))
     with pytest.raises(InputError, match="labels must be integers from 0 to 2"):
-        evaluate(pairs, 3, num_workers=2)
+        evaluate(pairs, Rules(3), num_workers=2)
 
 
 def test_table(folders):
-    results = evaluate(find_pairs(folders / "pred", folders / "gt"), 4)
+    results = evaluate(find_pairs(folders / "pred", folders / "gt"), Rules(4))
     plain = format_table(results, NAMES).splitlines()
     assert plain[2].split()[:4] == ["RV", "0.4667", "(", "3)"]
     assert plain[5].split()[:3] == ["mean", "foreground", f"{(1.4 / 3 + 2.4 / 3 + 0.9) / 3:.4f}"]
@@ -198,7 +198,7 @@ def test_script(folders, capsys, monkeypatch):
     arguments += ["--output", str(output), "--num_workers", "1"]
     assert script.main(arguments) == 0
     results = json.loads(output.read_text(), parse_constant=pytest.fail)
-    assert results == evaluate(find_pairs(folders / "pred", folders / "gt"), 4)
+    assert results == evaluate(find_pairs(folders / "pred", folders / "gt"), Rules(4))
     assert "0.4667" in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]
 

@@ -7,7 +7,7 @@ import random
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -59,10 +59,16 @@ class BaseDataset:
     dim: ClassVar[str]  # "2D" (slices along the last axis) or "3D"
     preprocessing: ClassVar[Preprocessing]
     patch_size: tuple[int, ...]
-    cases: ClassVar[range]  # the numbers that the split shuffles, on disk or not
+    cases: ClassVar[Sequence[int]]  # the numbers that the split shuffles, on disk or not
     test_share: ClassVar[float]  # the part of the shuffled cases that is the test set
+    test_cases: ClassVar[Sequence[int]] = ()  # the numbers of more test cases; they need no ground truth
     patches_per_volume: ClassVar[int | None] = None  # in an epoch; None: as many as there are slices
+    merged_labels: ClassVar[dict[int, int]] = {}  # other values in ground truth files, and the labels they count as
+    label_takes_grid: ClassVar[bool] = False  # whether a label of the image's shape takes its affine, if that differs
+    regions: ClassVar[dict[str, tuple[int, ...]]] = {}  # unions of labels that are evaluated, too
+    challenge_name: ClassVar[str | None] = None  # how the challenge wants the prediction of a {case} to be named
     defaults: ClassVar[dict]  # of the training's settings
+    notes: list[str]  # what `prepare` found worth a line in the log
 
     def __init__(
         self,
@@ -84,12 +90,13 @@ class BaseDataset:
             raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
         cases = self.split_cases(split, seed_data)
         found = self._find(data_path)
-        self._files = {part: [file for file in found if _case(file.id) in cases[part]] for part in cases}
+        self._files = {part: [file for file in found if case_number(file.id) in cases[part]] for part in cases}
         self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
-        self.n_missing = len(set().union(*cases.values()) - {_case(file.id) for file in found})
-        parameters = json.dumps([cache.VERSION, asdict(self.preprocessing)])
+        self.n_missing = len(set(self.cases) - {case_number(file.id) for file in found})  # test_cases not counted
+        parameters = json.dumps([cache.VERSION, asdict(self.preprocessing), sorted(self.merged_labels.items())])
         self.cache = Path(cache_path) / f"{self.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
         self._prepared = set()
+        self.notes = []
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "class_names"):
@@ -104,7 +111,8 @@ class BaseDataset:
     def split_cases(cls, split: str, seed_data: int) -> dict[str, list[int]]:
         """{"train", "validation", "test": the numbers of the cases}, whether or not they are on disk.
 
-        `cases` are shuffled; the first `test_share` of them is the test set, the next int(a * rest) train.
+        `cases` are shuffled; the first `test_share` of them is the test set, the next int(a * rest) train. The
+        `test_cases` follow in the test set.
         """
         train_share = _train_share(split)
         shuffled = list(cls.cases)
@@ -112,7 +120,7 @@ class BaseDataset:
         n_test = round(len(shuffled) * cls.test_share)
         test, rest = shuffled[:n_test], shuffled[n_test:]
         n_train = int(len(rest) * train_share)
-        return {"train": rest[:n_train], "validation": rest[n_train:], "test": test}
+        return {"train": rest[:n_train], "validation": rest[n_train:], "test": [*test, *cls.test_cases]}
 
     def files(self, partition: str) -> list[SubjectFiles]:
         """What is on disk of "train", "validation" or "test"."""
@@ -121,8 +129,8 @@ class BaseDataset:
     def prepare(self, partitions: Iterable[str] = ("train", "validation")) -> None:
         """Preprocess what the cache does not hold, or holds from other files, on all cores and with a progress bar.
 
-        Raises InputError if a training or validation image has no ground truth, there is nothing to train on, or a
-        file is broken.
+        Adds to `notes`. Raises InputError if a training or validation image has no ground truth, there is nothing to
+        train on, or a file is broken.
         """
         files = [file for part in partitions for file in self._files[part] if file.id not in self._prepared]
         supervised = {file.id for part in ("train", "validation") for file in self._files[part]}
@@ -135,11 +143,18 @@ class BaseDataset:
             with cache.opened(self.cache):
                 self._fill_cache(files)
         self._prepared.update(file.id for file in files)
+        self.notes += [note for file in files for note in cache.notes(self.cache / file.id)]
 
     def _fill_cache(self, files: list[SubjectFiles]) -> None:
         stale = [file for file in files if not cache.is_fresh(file, self.cache / file.id)]
         folders = [self.cache / file.id for file in stale]
-        store = partial(cache.store, preprocessing=self.preprocessing, n_classes=self.n_classes)
+        store = partial(
+            cache.store,
+            preprocessing=self.preprocessing,
+            n_classes=self.n_classes,
+            merged_labels=self.merged_labels,
+            label_takes_grid=self.label_takes_grid,
+        )
         with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
             done = pool.map(store, stale, folders)
             for _ in tqdm(done, f"preprocessing {self.name}", len(stale), unit="volume"):
@@ -319,7 +334,7 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])
 
 
-def _case(id_: str) -> int:
+def case_number(id_: str) -> int:
     """The number of the patient: the first one in the id."""
     return int(re.search(r"\d+", id_).group())
 

@@ -2,8 +2,9 @@
 
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.BaseDataset import BaseDataset
+from lib.data.KiTSDataset import KiTSDataset
 from lib.data.PhantomDataset import PhantomDataset
 
 DATASETS: dict[str, type[BaseDataset]] = {
-    name: dataset for dataset in (ACDCDataset, PhantomDataset) for name in (dataset.name, *dataset.aliases)
+    name: dataset for dataset in (ACDCDataset, KiTSDataset, PhantomDataset) for name in (dataset.name, *dataset.aliases)
 }

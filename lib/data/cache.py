@@ -17,7 +17,7 @@ from lib.data.preprocessing import Preprocessing, read_image, read_label, standa
 from lib.error import InputError
 from lib.lock import locked
 
-VERSION = 1  # raise it whenever the same parameters give other voxels or other files
+VERSION = 2  # raise it whenever the same parameters give other voxels or other files
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,36 @@ def opened(folder: Path) -> Iterator[None]:
         raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
 
 
-def store(files: SubjectFiles, folder: Path, preprocessing: Preprocessing, n_classes: int) -> None:
+def store(
+    files: SubjectFiles,
+    folder: Path,
+    preprocessing: Preprocessing,
+    n_classes: int,
+    merged_labels: dict[int, int],
+    label_takes_grid: bool,
+) -> None:
     """Preprocess one subject into `folder`: image.npy (1, X, Y, Z) float32, label.npy (X, Y, Z) uint8, and meta.json
-    with affine, padding and sources.
+    with affine, padding, sources and notes.
 
-    Raises InputError if a file is broken, the label does not fit the image, or the folder cannot be written.
+    See BaseDataset for `merged_labels` and `label_takes_grid`. Raises InputError if a file is broken, the label does
+    not fit the image, or the folder cannot be written.
     """
     sources = _sources(files)
     image = read_image(files.image)
-    arrays = {}
+    arrays, notes = {}, []
     if files.label is not None:
-        label = read_label(files.label, n_classes)
+        label = read_label(files.label, n_classes, merged_labels)
         if label.shape != image.shape:
             raise InputError(f"{files.label}: its shape {label.spatial_shape} is not the image's {image.spatial_shape}")
         if not np.allclose(label.affine, image.affine, rtol=1e-4, atol=1e-3):
-            raise InputError(f"{files.label}: its affine is not that of {files.image}; mend the one that is wrong")
+            if not label_takes_grid:
+                raise InputError(f"{files.label}: its affine is not that of {files.image}; mend the one that is wrong")
+            notes.append(f"{files.label}: its affine is not that of {files.image}; the image's is taken")
         label.affine = image.affine
         arrays["label.npy"] = standardize_label(label, preprocessing).numpy()
     tensor, affine, padding = standardize(image, preprocessing)
     arrays["image.npy"] = tensor.numpy()
-    meta = {"affine": affine.tolist(), "padding": padding, "sources": sources}
+    meta = {"affine": affine.tolist(), "padding": padding, "sources": sources, "notes": notes}
     try:
         _write(folder, arrays, meta)
     except OSError as error:
@@ -102,6 +112,11 @@ def load(folder: Path) -> tio.Subject:
 
 def _array(path: Path) -> np.ndarray:
     return np.load(path, allow_pickle=False)
+
+
+def notes(folder: Path) -> list[str]:
+    """What `store` found worth a line in the log."""
+    return json.loads((folder / "meta.json").read_text())["notes"]
 
 
 def n_slices(folder: Path) -> int:

@@ -1,5 +1,7 @@
 """From a NIfTI file to the volume that the network sees, and from its output back to the file's own grid."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,13 @@ class Preprocessing:
     scale: float | None = None
     min_size: tuple[int, int, int] | None = None
     zscore: bool = True
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a volume are: its spatial shape, and the affine (4x4) from voxels to the world (RAS+ mm)."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
 
 
 class Preprocessed(NamedTuple):
@@ -90,16 +99,23 @@ def stored_spacing(nifti: nib.spatialimages.SpatialImage) -> tuple[float, ...]:
     return tuple(float(size) for size in stored["pixdim"][1 : 1 + min(3, nifti.ndim)])
 
 
-def read_label(path: str | Path, n_classes: int) -> tio.LabelMap:
-    """A label file as (1, X, Y, Z) uint8. Raises InputError as `read_image`, or for values other than the classes'."""
-    label = _read(path)
-    for value, count in zip(*(part.tolist() for part in label.data.unique(return_counts=True)), strict=True):
-        if value not in range(n_classes):
+def read_label(path: str | Path, n_classes: int, merged_labels: dict[int, int] | None = None) -> tio.LabelMap:
+    """A label file as a tio.LabelMap (1, X, Y, Z) uint8, in which the keys of `merged_labels` became their values.
+
+    Raises InputError as `read_image`, or for values other than the classes' and these keys.
+    """
+    image = _read(path)
+    label, merged_labels = image.data.byte(), merged_labels or {}
+    changed = image.data[image.data != label][:1]  # by the rounding to bytes
+    for value in (*changed.tolist(), *label.flatten().bincount().nonzero().flatten().tolist()):
+        if value not in range(n_classes) and value not in merged_labels:
             raise InputError(
-                f"{path}: has the label {value:g} in {count} voxels, but the labels of this data set are the whole "
-                f"numbers 0 to {n_classes - 1}; correct them"
+                f"{path}: has the label {value:g} in {int((image.data == value).sum())} voxels, but the labels of "
+                f"this data set are the whole numbers 0 to {n_classes - 1}; correct them"
             )
-    return tio.LabelMap(tensor=label.data.byte(), affine=label.affine)
+    for value, counts_as in merged_labels.items():
+        label[label == value] = counts_as
+    return tio.LabelMap(tensor=label, affine=image.affine)
 
 
 def zscore(tensor: Tensor) -> Tensor:
@@ -123,39 +139,43 @@ def preprocess(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preproce
 def standardize(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:
     """Resample (linearly, in world space), clip, shift and scale, pad, and z-score if asked for: what is cached."""
     grid = _grid(image, preprocessing.spacing_mm)
-    tensor = tio.Resample(grid)(image).data
+    tensor = tio.Resample(tuple(grid))(image).data
     if preprocessing.clip is not None:
         tensor = tensor.clamp(*preprocessing.clip)
     if preprocessing.scale is not None:
         tensor = (tensor - preprocessing.shift) / preprocessing.scale
-    tensor, affine, padding = _pad(tensor, grid[1], preprocessing.min_size)
+    tensor, affine, padding = _pad(tensor, grid.affine, preprocessing.min_size)
     return Preprocessed(zscore(tensor) if preprocessing.zscore else tensor.float(), affine, padding)
 
 
 def standardize_label(label: tio.LabelMap, preprocessing: Preprocessing) -> Tensor:
     """(X', Y', Z') uint8: nearest neighbours on the very grid that `standardize` gives an image of the same grid."""
     grid = _grid(label, preprocessing.spacing_mm)
-    return _pad(tio.Resample(grid)(label).data, grid[1], preprocessing.min_size).tensor[0].byte()
+    return _pad(tio.Resample(tuple(grid))(label).data, grid.affine, preprocessing.min_size).tensor[0].byte()
 
 
 def to_original_grid(
-    probabilities: Tensor, affine: np.ndarray, padding: tuple[int, ...], reference: tio.Image
-) -> Tensor:
-    """(K, X', Y', Z') on the preprocessed grid -> (K, X, Y, Z) float32 on the grid of `reference` (the image as read).
+    probabilities: Tensor, affine: np.ndarray, padding: tuple[int, ...], grid: Grid, slab_voxels: int = 2**24
+) -> Iterator[tuple[slice, Tensor]]:
+    """Bring (K, X', Y', Z') on the preprocessed grid back to `grid`, that of the image as it was read (X, Y, Z).
 
-    Takes the padding off and resamples linearly in world space, one class at a time; voxels of the original beyond
-    the outermost preprocessed ones get the nearest value.
+    Takes the padding off and resamples linearly in world space; voxels of the original beyond the outermost
+    preprocessed ones get the nearest value. Yields, slab by slab along the first axis, its slice and its probabilities
+    (K, n, Y, Z) float32, so that no volume of the original's size is needed per class. A slab has at most `slab_voxels`
+    voxels, or one slice.
     """
     x0, x1, y0, y1, z0, z1 = padding
     _, x, y, z = probabilities.shape
     cropped = probabilities[:, x0 : x - x1, y0 : y - y1, z0 : z - z1].float()
-    affine = _shifted(affine, (x0 - 1, y0 - 1, z0 - 1))  # of the cropped volume with its border repeated once
-    back = tio.Resample((reference.spatial_shape, reference.affine))
-    result = torch.empty(len(probabilities), *reference.spatial_shape)
-    for k, volume in enumerate(cropped):
-        bordered = F.pad(volume[None, None], (1,) * 6, mode="replicate")[0]
-        result[k] = back(tio.ScalarImage(tensor=bordered, affine=affine)).data[0]
-    return result
+    bordered = F.pad(cropped[None], (1,) * 6, mode="replicate")[0]
+    affine = _shifted(affine, (x0 - 1, y0 - 1, z0 - 1))
+    classes = [tio.ScalarImage(tensor=volume[None], affine=affine) for volume in bordered]
+    size, *plane = grid.shape
+    n = max(1, slab_voxels // math.prod(plane))
+    for start in range(0, size, n):
+        slab = slice(start, min(start + n, size))
+        back = tio.Resample(((slab.stop - start, *plane), _shifted(grid.affine, (start, 0, 0))))
+        yield slab, torch.cat([back(volume).data for volume in classes])
 
 
 def crop_or_pad(tensor: Tensor, shape: tuple[int | None, ...], crop: bool = True) -> Tensor:
@@ -171,8 +191,8 @@ def crop_or_pad(tensor: Tensor, shape: tuple[int | None, ...], crop: bool = True
     return F.pad(tensor, pads)
 
 
-def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> tuple[tuple[int, ...], np.ndarray]:
-    """(shape, affine) of the image resampled to `spacing_mm`: the same centre, and no larger than the original.
+def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> Grid:
+    """The grid of the image resampled to `spacing_mm`: the same centre, and no larger than the original.
 
     torchio's own rule, but for its rounding, which can lose a slice of an axis that should stay as it is.
     """
@@ -183,7 +203,7 @@ def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> tuple[tuple
     affine = image.affine.copy()
     affine[:3, :3] *= new_mm / old_mm
     affine[:3, 3] += image.affine[:3, :3] @ ((size - 1) / 2) - affine[:3, :3] @ ((new_size - 1) / 2)
-    return tuple(new_size.tolist()), affine
+    return Grid(tuple(new_size.tolist()), affine)
 
 
 def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:

@@ -1,0 +1,62 @@
+"""KiTS: abdominal CT with kidneys and kidney tumors (Heller et al., arXiv 1904.00445)."""
+
+import re
+from pathlib import Path
+
+from lib.data.ACDCDataset import ACDCDataset
+from lib.data.BaseDataset import BaseDataset
+from lib.data.cache import SubjectFiles
+from lib.data.preprocessing import Preprocessing
+
+LEFT_OUT = (15, 23, 37, 68, 125, 133)  # cases whose labels the paper did not train on
+LABELS = ("segmentation", "aggregated_MAJ_seg")  # the ground truth's name in KiTS19 and KiTS23, and in KiTS21
+
+
+class KiTSDataset(BaseDataset):
+    """Cases 0-209 without `LEFT_OUT` to train and validate, 210-299 to test: volumes (slices, rows, columns).
+
+    `data_path` holds the case folders, or data/ (KiTS19, KiTS21) or dataset/ (KiTS23) with them. A cyst (label 3 since
+    KiTS21) counts as kidney. Cases that KiTS23 adds (from 300 on) belong to no partition.
+    """
+
+    name = "kits"
+    aliases = ("kits19",)
+    folder = "kits"
+    layout = "[data/]case_NNNNN/imaging.nii.gz (ground truth: case_NNNNN/segmentation.nii.gz)"
+    how_to_get = (
+        "Clone https://github.com/neheller/kits19, run its starter_code/get_imaging.py, and lay the cases out as "
+        "FOLDER/data/case_00000, FOLDER/data/case_00001, ..."
+    )
+    class_names = ("background", "kidney", "tumor")
+    dim = "3D"
+    preprocessing = Preprocessing(
+        spacing_mm=(3.22, 1.62, 1.62), clip=(-79, 304), shift=101, scale=76.9, min_size=(80, 160, 160), zscore=False
+    )
+    patch_size = (80, 160, 160)
+    cases = tuple(case for case in range(210) if case not in LEFT_OUT)
+    test_share = 0.0
+    test_cases = range(210, 300)
+    patches_per_volume = 2
+    merged_labels = {3: 1}
+    label_takes_grid = True
+    regions = {"kidney_and_tumor": (1, 2), "tumor": (2,)}
+    challenge_name = "prediction_{case:05d}"
+    defaults = ACDCDataset.defaults | {"fms_init": 24, "levels": 5, "batch_size": 2}
+
+    @classmethod
+    def find(cls, root: Path) -> list[SubjectFiles]:
+        """Every case that has an image."""
+        for folder in (root, root / "data", root / "dataset"):
+            images = [path for path in sorted(folder.glob("case_*/imaging.nii*")) if _is_case(path)]
+            if images:
+                return [SubjectFiles(image.parent.name, image, _label_beside(image)) for image in images]
+        return []
+
+
+def _is_case(image: Path) -> bool:
+    return bool(re.fullmatch(r"case_\d{5}", image.parent.name) and re.fullmatch(r"imaging\.nii(\.gz)?", image.name))
+
+
+def _label_beside(image: Path) -> Path | None:
+    candidates = (image.with_name(f"{name}{suffix}") for name in LABELS for suffix in (".nii.gz", ".nii"))
+    return next((label for label in candidates if label.is_file()), None)

@@ -1,0 +1,309 @@
+"""How clustered the feature maps of each layer are, epoch by epoch (paper section 4.2).
+
+`python -m lib.experiments.clusterability RUN [RUN2]` reads what `train.py --save_fms` saved and writes
+clusterability.json, clusterability.md, curves.png and heatmaps.png of RUN, and with RUN2 comparison.png of both.
+"""
+
+import argparse
+import sys
+from itertools import starmap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from diptest import diptest
+from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import pdist, squareform
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lib.checkpoint import write_json, write_text
+from lib.distance import SMALLEST_RANGE, euc_norm
+from lib.error import InputError
+from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
+from lib.models import nnUNet
+from lib.utils import read_config, run_script
+
+# by key: the title of its panels, the limits of its axis, and whether small values mean clustered
+MEASURES = {
+    "dip": ("Hartigan's dip of the distances", (0, None), False),
+    "dip_p": ("p-value of the dip", (0, 1), True),
+    "hopkins": ("Hopkins statistic", (0, 1), False),
+    "silhouette": ("mean silhouette of the best k", (0, 1), False),
+    "clusters": ("number of clusters", (1, None), False),
+    "distance": ("mean distance to map 1", (0, None), True),
+}
+LINES = {"dip_p": 0.05, "hopkins": 0.5, "silhouette": 0.25}  # below, or else above these: clusters
+MOST_CLUSTERS = 8
+NO_STRUCTURE = LINES[
+    "silhouette"
+]  # Kaufman and Rousseeuw (1990): a mean silhouette up to this shows no substantial structure
+MOST_DISTANCES = 72_000  # the table of the dip's p-values ends here
+TEXT = """\
+Each map is scaled to [0, 1] and average-pooled by 2, as in `delta_opt`; its distance to another one is the root mean
+square of their difference. Layers of fewer than 4 maps have no value but the last.
+
+- **dip**, **dip_p**: Hartigan's dip test on all pairwise distances. A small p-value means several modes: clusters.
+- **hopkins**: Hopkins statistic in the plane of the first two principal components: 0.5 for maps spread evenly,
+  towards 1 the more clustered, below 0.5 where single maps lie far from all others. One Gaussian cloud has 0.5 with 16
+  maps and 0.8 with 128: compare epochs and runs, not layers of different width.
+- **silhouette**: mean silhouette of the best k-means clustering of 2 to {most} clusters.
+- **clusters**: the k of that clustering; 1 where the silhouette is at most {least}.
+- **distance**: mean distance of the maps to the layer's first map: what the loss term makes small.
+"""
+
+
+def as_points(maps: torch.Tensor, sf: int = 2) -> np.ndarray:
+    """(C, *spatial) -> (C, at most C): points whose Euclidean distances are those of `lib.distance.euc_norm`.
+
+    They are the maps' principal components, largest first, rounded to 1e-6 so that equal maps are equal points.
+    """
+    flat = maps.flatten(1)
+    low, spread = flat.amin(1), flat.amax(1) - flat.amin(1)
+    column = (..., *[None] * (maps.ndim - 1))
+    scale = torch.where(spread > SMALLEST_RANGE, 1 / spread.clamp_min(SMALLEST_RANGE), 0.0)
+    pool = F.avg_pool2d if maps.ndim == 3 else F.avg_pool3d
+    pooled = pool((maps - low[column]) * scale[column], [min(sf, size) for size in maps.shape[1:]])
+    x = pooled.flatten(1).double().numpy()
+    u, s, _ = np.linalg.svd((x - x.mean(0)) / np.sqrt(x.shape[1]), full_matrices=False)
+    return np.round(u * s, 6)
+
+
+def hopkins(points: np.ndarray, seed: int = 0, draws: int = 20) -> float:
+    """Hopkins statistic H = sum u^d / (sum u^d + sum w^d) of (n, d) points, n > 1.
+
+    u are the distances of random points, uniform in the bounding box, to the nearest of `points`; w are those of each
+    of `points` to its nearest neighbour; the sum over u is the mean of `draws` draws of n. 0.5 for uniform points,
+    towards 1 for clustered ones; 0.5 where all points are one. Definition with the exponent d: Cross and Jain (1982);
+    Wright, "Will the real Hopkins statistic please stand up?", The R Journal 14(3), 2022. They take few of the points,
+    to have independent terms for a test; for a description all of them give less noise.
+    """
+    n, d = points.shape
+    tree = cKDTree(points)
+    uniform = np.random.default_rng(seed).uniform(points.min(0), points.max(0), (draws * n, d))
+    u = (tree.query(uniform)[0] ** d).sum() / draws
+    w = (tree.query(points, k=2)[0][:, 1] ** d).sum()
+    return float(u / (u + w)) if u + w > 0 else 0.5
+
+
+def best_clustering(points: np.ndarray, distances: np.ndarray) -> tuple[float, int]:
+    """(mean silhouette, k) of the k-means clustering of the largest one, k from 2 to `MOST_CLUSTERS`.
+
+    points (n, d), n > 2; distances (n, n). k is 1 where that silhouette shows no structure; (0, 1) for equal points.
+    """
+    found = [(0.0, 1)]
+    for k in range(2, min(MOST_CLUSTERS, len(np.unique(points, axis=0)), len(points) - 1) + 1):
+        labels = KMeans(k, n_init=3, random_state=0).fit_predict(points)
+        found.append((float(silhouette_score(distances, labels, metric="precomputed")), k))
+    silhouette, k = max(found, key=lambda pair: pair[0])
+    return silhouette, k if silhouette > NO_STRUCTURE else 1
+
+
+def measure(maps: np.ndarray) -> dict[str, float | int | None]:
+    """All `MEASURES` of one layer's maps (C, *spatial); None where there are too few maps. Deterministic."""
+    maps = torch.from_numpy(maps).float()
+    found = dict.fromkeys(MEASURES)
+    if len(maps) > 1:
+        found["distance"] = euc_norm(maps[None]).mean().item()
+    if len(maps) > 3:
+        points = as_points(maps)
+        distances = pdist(points)
+        found["hopkins"] = hopkins(points[:, :2])
+        found["silhouette"], found["clusters"] = best_clustering(points, squareform(distances))
+        if len(distances) > MOST_DISTANCES:
+            distances = np.random.default_rng(0).choice(distances, MOST_DISTANCES, replace=False)
+        found["dip"], found["dip_p"] = diptest(distances)
+    return found
+
+
+def measure_run(run: Path) -> dict:
+    """{"run", "label", "layers", "epochs", and by measure a list (layers) of lists (epochs)} of the saved maps.
+
+    Raises InputError if there are none, or a file is broken.
+    """
+    config = read_config(run)
+    epochs = sorted((run / "fms").glob("epoch-*"))
+    network = nnUNet(1, 2, 1, config["levels"], dim=config["dim"])  # for the names only
+    layers = [block.name for block in network.blocks() if not block.head]
+    files = [[epoch / f"{layer}.npy" for epoch in epochs] for layer in layers]
+    existing = [path for row in files for path in row if path.exists()]
+    if not existing:
+        raise InputError(f"{run}: has no feature maps (fms/epoch-E/BLOCK.npy); train with --save_fms")
+    with tqdm(existing, f"measuring {run}", unit="layer", leave=False) as bar:
+        found = {path: measure(_read(path)) for path in bar}
+    weight = config["lambda_"] if config["loss"].endswith("_Distance") else 0
+    return {
+        "run": str(run),
+        "label": f"{config['exp_name']}/{run.resolve().name} ($\\lambda$ = {weight:g})",
+        "layers": layers,
+        "epochs": [int(epoch.name.removeprefix("epoch-")) for epoch in epochs],
+        **{key: [[found[path][key] if path in found else None for path in row] for row in files] for key in MEASURES},
+    }
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as feature maps ({error}); delete it, or train anew") from error
+
+
+def clusterability(runs: list[Path], output: Path | None) -> None:
+    """Measure one run, or two to compare, and write tables and figures. Raises InputError where a run has no maps."""
+    results = [measure_run(run) for run in runs]
+    output = make_output(output or runs[0] / "clusterability")
+    write_json(output / "clusterability.json", results)
+    write_text(output / "clusterability.md", as_text(results))
+    with matplotlib.rc_context(STYLE):
+        save_figure(draw_curves(results[0]), output / "curves.png")
+        save_figure(draw_heatmaps(results[0]), output / "heatmaps.png")
+        if len(results) > 1:
+            save_figure(draw_comparison(results), output / "comparison.png")
+    print(as_text(results))
+    print(f"written to {output}")
+
+
+def _array(result: dict, key: str) -> np.ndarray:
+    """(layers, epochs), NaN where there is no value."""
+    return np.array(result[key], float)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of the values that are there; NaN where none is."""
+    return np.ma.masked_invalid(values).mean(0).filled(np.nan)
+
+
+def as_text(results: list[dict]) -> str:
+    """The Markdown table: means over the layers at the first and last epoch, then every layer at the last one."""
+
+    def row(first: str, values) -> str:
+        texts = (
+            "-" if np.isnan(v) else f"{v:.1f}" if key == "clusters" else f"{v:.3f}"
+            for key, v in zip(MEASURES, values, strict=True)
+        )
+        return f"| {first} | {' | '.join(texts)} |"
+
+    def table(first: str, rows: list[str]) -> list[str]:
+        return [f"| {first} | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|", *rows, ""]
+
+    means = [
+        row(f"{_plain(result)}, epoch {result['epochs'][i]}", [_mean(_array(result, key))[i] for key in MEASURES])
+        for result in results
+        for i in sorted({0, len(result["epochs"]) - 1})
+    ]
+    lines = ["# Clusterability of the feature maps", "", TEXT.format(most=MOST_CLUSTERS, least=NO_STRUCTURE)]
+    lines += ["## Mean over the layers", "", *table("run", means)]
+    for result in results:
+        last = [_array(result, key)[:, -1] for key in MEASURES]
+        rows = list(starmap(row, zip(result["layers"], zip(*last, strict=True), strict=True)))
+        lines += [f"## {_plain(result)}, epoch {result['epochs'][-1]}", "", *table("layer", rows)]
+    return "\n".join(lines)
+
+
+def _plain(result: dict) -> str:
+    return result["label"].replace("$\\lambda$", "lambda")
+
+
+def _panels(figure: Figure, results: list[dict]):
+    """One axis per measure, labelled: yields (axis, key)."""
+    axes = figure.subplots(2, 3, sharex=True)
+    epochs = [epoch for result in results for epoch in result["epochs"]]
+    for axis, (key, (title, limits, _)) in zip(axes.flat, MEASURES.items(), strict=True):
+        axis.set(title=title, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        if key in LINES:
+            axis.axhline(LINES[key], color="black", linestyle=":", linewidth=1)
+        yield axis, key
+        axis.set_ylim(*limits)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+
+
+def draw_curves(result: dict) -> Figure:
+    """Every measure over the epochs: a thin line per layer, coloured by its place in the network, and their mean."""
+    figure = new_figure(10, 5.5)
+    n = len(result["layers"])
+    colours = matplotlib.colormaps["viridis"]
+    for axis, key in _panels(figure, [result]):
+        values = _array(result, key)
+        for i, line in enumerate(values):
+            axis.plot(result["epochs"], line, color=colours(i / (n - 1)), linewidth=0.8, marker=".", markersize=3)
+        axis.plot(result["epochs"], _mean(values), color="black", linewidth=2.5, marker="o", markersize=3, label="mean")
+    axis.legend(frameon=False)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, n - 1), colours)
+    bar = figure.colorbar(scale, ax=figure.axes, shrink=0.8, pad=0.02)
+    ticks = sorted({0, _deepest(result), n - 1})
+    bar.set_ticks(ticks, labels=[result["layers"][i].replace("_", "\n", 1) for i in ticks])
+    figure.suptitle(f"Feature maps of {result['label']}: one line per layer", fontweight="bold")
+    return figure
+
+
+def _deepest(result: dict) -> int:
+    return sum(layer.startswith("enc") for layer in result["layers"]) - 1
+
+
+def draw_heatmaps(result: dict) -> Figure:
+    """Layers x epochs, one heat map per measure; grey where there is no value."""
+    n = len(result["layers"])
+    figure = new_figure(11, 2.2 + 0.32 * n)
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axis, (key, (title, (low, high), small)) in zip(axes.flat, MEASURES.items(), strict=True):
+        colours = matplotlib.colormaps["viridis_r" if small else "viridis"].with_extremes(bad="#DDDDDD")
+        values = np.ma.masked_invalid(_array(result, key))
+        image = axis.pcolormesh(
+            result["epochs"], range(n), values, shading="nearest", cmap=colours, vmin=low, vmax=high, rasterized=True
+        )
+        figure.colorbar(image, ax=axis, pad=0.02)
+        axis.axhline(_deepest(result) + 0.5, color="white", linewidth=1.5)
+        axis.set_title(title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_yticks(range(n), labels=result["layers"])
+    axes[0, 0].invert_yaxis()
+    for axis in axes[:, 0]:
+        axis.tick_params("y", labelsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    figure.suptitle(
+        f"Feature maps of {result['label']}: the brighter, the more clustered (the more clusters)", fontweight="bold"
+    )
+    return figure
+
+
+def draw_comparison(results: list[dict]) -> Figure:
+    """Every measure over the epochs: the mean over the layers of each run, in a band of their middle half."""
+    figure = new_figure(10, 5.5)
+    for axis, key in _panels(figure, results):
+        for result, colour in zip(results, COLOURS, strict=False):
+            values = _array(result, key)
+            some = np.isfinite(values).any(0)
+            low, high = np.nanquantile(values[:, some], (0.25, 0.75), axis=0)
+            epochs = np.array(result["epochs"])
+            axis.fill_between(epochs[some], low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(epochs, _mean(values), color=colour, linewidth=2, marker="o", markersize=3, label=result["label"])
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(results), frameon=False)
+    figure.supylabel("mean over the layers (band: their middle half)", fontsize=9)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.experiments.clusterability", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="one or two folders of runs with --save_fms")
+    parser.add_argument("--output", type=Path, help="folder of tables and figures (default: RUN/clusterability)")
+    args = parser.parse_args(argv)
+    if len(args.run) > 2:
+        parser.error("give one run, or two to compare")
+    return run_script(lambda: clusterability(args.run, args.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
