@@ -94,7 +94,7 @@ def _end_epoch_save_all_FMs(state: TrainingState, image: Tensor, every: int) -> 
         checkpoint.write_atomically(folder / f"{name}.npy", partial(_save_array, array))
         n_bytes += array.nbytes
     if state.epoch == every:
-        state.log(f"feature maps: {n_bytes / 1e6:.1f} MB in every {every}. epoch, in {folder.parent}")
+        state.log(f"feature maps: {n_bytes / 1e6:.1f} MB per saved epoch, in {folder.parent}")
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:

@@ -23,22 +23,21 @@ def _pool(h: Tensor, sf: int) -> Tensor:
     window = [min(sf, size) for size in h.shape[2:]]
     if h.device.type != "cpu":
         return (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, window)
-    # Sums of strided views: on the CPU a third of the time of torch's pooling.
-    ends = [size - size % w for size, w in zip(h.shape[2:], window, strict=True)]
-    views = [
-        h[(..., *(slice(o, end, w) for o, end, w in zip(offset, ends, window, strict=True)))]
-        for offset in itertools.product(*map(range, window))
-    ]
-    return sum(views[1:], views[0]) / len(views)
+    for axis, w in enumerate(window, 2):  # axis by axis: on the CPU a seventh of the time of torch's pooling
+        n = h.shape[axis] // w
+        first, *rest = h.narrow(axis, 0, n * w).unflatten(axis, (n, w)).unbind(axis + 1)
+        h = sum(rest, first)
+    return h / math.prod(window)
 
 
 def _unpool(g: Tensor, size: torch.Size, sf: int) -> Tensor:
-    """The backward pass of `_pool`: gradient of the pooled maps -> gradient of maps of spatial size `size`."""
+    """The backward pass of `_pool` but for its factor: each value of `g` at every voxel of its window, else zeros."""
     window = [min(sf, n) for n in size]
     used = [n - n % w for n, w in zip(size, window, strict=True)]
-    spread = F.interpolate(g / math.prod(window), size=used)
-    rest = [side for n, u in zip(reversed(size), reversed(used), strict=True) for side in (0, n - u)]
-    return F.pad(spread, rest) if any(rest) else spread
+    spread = g.new_zeros(*g.shape[:2], *size) if used != list(size) else g.new_empty(*g.shape[:2], *size)
+    for offset in itertools.product(*map(range, window)):
+        spread[(..., *(slice(o, end, w) for o, end, w in zip(offset, used, window, strict=True)))] = g
+    return spread
 
 
 def _rms(difference: Tensor) -> Tensor:
@@ -51,8 +50,11 @@ def _rms(difference: Tensor) -> Tensor:
 class _EucNorm(torch.autograd.Function):
     """`euc_norm` with a backward pass by hand: it keeps only pooled maps, and touches the full size once.
 
-    n = (p - low) / (high - low), p the pooled map, low and high the extremes of the map itself; all gradients that
-    are not through p go to the two voxels that hold the extremes.
+    n = (p - low) / (high - low), p the pooled map of N pixels, low and high the extremes of the map itself; with
+    d_c = n_c - n_1, delta_c^2 = sum(d_c^2) / N. The gradient of n is g_c = w_c d_c, w_c = grad_c / (N delta_c), and
+    g_1 = -sum_c g_c. It reaches h through p, and through the two voxels that hold the extremes:
+    by_high = -sum(g n) / (high - low) and by_low = -sum(g) / (high - low) - by_high, where
+    sum(g_c n_c) = w_c (sum(d_c^2) + sum(d_c n_1)).
     """
 
     @staticmethod
@@ -61,28 +63,37 @@ class _EucNorm(torch.autograd.Function):
         spread = high.values - low.values
         varies = spread > SMALLEST_RANGE
         scale = torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
-        column = (..., *[None] * (h.ndim - 2))
-        n = (_pool(h, sf) - low.values[column]) * scale[column]
-        delta = _rms(n[:, :1] - n[:, 1:])
-        ctx.save_for_backward(n, delta, scale, low.indices, high.indices)
-        ctx.size, ctx.sf = h.shape[2:], sf
-        return delta
+        p = _pool(h, sf).to(scale.dtype).flatten(2)
+        n = p.sub_(low.values[..., None]).mul_(scale[..., None])
+        d = n - n[:, :1]
+        delta = torch.linalg.vector_norm(d, dim=2) / math.sqrt(d.shape[2])
+        ctx.save_for_backward(d, n[:, 0].clone(), delta, scale, low.indices, high.indices)
+        ctx.size, ctx.sf, ctx.dtype = h.shape[2:], sf, h.dtype
+        return delta[:, 1:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        n, delta, scale, i_low, i_high = ctx.saved_tensors
-        column = (..., *[None] * (n.ndim - 2))
-        weight = torch.where(delta > 0, grad / delta.where(delta > 0, 1.0), 0.0) / n[0, 0].numel()
-        others = (n[:, 1:] - n[:, :1]) * weight[column]
-        g = torch.cat([-others.sum(1, keepdim=True), others], 1)  # of n
-        by_high = -scale * (g * n).flatten(2).sum(2)
-        by_low = -scale * g.flatten(2).sum(2) - by_high
-        h = _unpool(g * scale[column], ctx.size, ctx.sf)
+        d, first, delta, scale, i_low, i_high = ctx.saved_tensors
+        n_pixels = d.shape[2]
+        w = F.pad(grad, (1, 0)) / delta.where(delta > 0, 1.0) / n_pixels
+        w = torch.where(delta > 0, w, 0.0)
+        sum_dn, sum_d = (d * first[:, None]).sum(2), d.sum(2)
+        sum_gn, sum_g = w * (n_pixels * delta.square() + sum_dn), w * sum_d
+        sum_gn[:, 0], sum_g[:, 0] = -(w * sum_dn).sum(1), -sum_g.sum(1)
+        by_high = -scale * sum_gn
+        by_low = -scale * sum_g - by_high
+
+        window = [min(ctx.sf, size) for size in ctx.size]
+        scale = scale / math.prod(window)
+        g = d * (w * scale)[..., None]
+        g[:, 0] = -scale[:, :1] * (w[:, None] @ d)[:, 0]
+        pooled_size = [size // side for size, side in zip(ctx.size, window, strict=True)]
+        h = _unpool(g.unflatten(2, pooled_size), ctx.size, ctx.sf)
         flat = h.flatten(2)
         flat.scatter_add_(2, i_low[..., None], by_low[..., None])
         flat.scatter_add_(2, i_high[..., None], by_high[..., None])
-        return flat.view_as(h), None
+        return h.to(ctx.dtype), None
 
 
 class _Extreme(NamedTuple):

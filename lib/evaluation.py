@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.error import InputError
-from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, mask_metrics
+from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.stop import check_stopped
 from lib.workers import worker_pool
 
@@ -150,8 +150,7 @@ def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list
         if len(labels) == 1:
             challenge[region] = {metric: values[labels[0]] for metric, values in by_class.items()}
         else:
-            masks = (np.isin(array, labels) for array in (predicted, true))
-            challenge[region] = mask_metrics(*masks, spacing_mm, rules.tolerance_mm)
+            challenge[region] = region_metrics(predicted, true, labels, spacing_mm, rules.tolerance_mm)
     return {**by_class, "challenge": challenge}
 
 

@@ -59,6 +59,17 @@ def mask_metrics(prediction, truth, spacing_mm, tolerance_mm: float = TOLERANCE_
     return values
 
 
+def region_metrics(
+    prediction, truth, labels, spacing_mm, tolerance_mm: float = TOLERANCE_MM
+) -> dict[str, float | int | None]:
+    """`mask_metrics` of the voxels that have one of the `labels` (0 is none of them), from label maps (X, Y, Z)."""
+    box = _joint_box(prediction, truth)
+    p, t = (np.isin(array[box], labels) for array in (prediction, truth))
+    values = mask_metrics(p, t, spacing_mm, tolerance_mm)
+    values["TN"] += prediction.size - p.size
+    return values
+
+
 def _mask_metrics(prediction, truth, spacing_mm, tolerance_mm) -> dict[str, float | int | None]:
     """`mask_metrics` of masks that are cropped already."""
     values = {**dict.fromkeys(METRICS), **_overlap(prediction, truth)}

@@ -3,8 +3,10 @@
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.BaseDataset import BaseDataset
 from lib.data.KiTSDataset import KiTSDataset
-from lib.data.PhantomDataset import PhantomDataset
+from lib.data.PhantomDataset import Phantom3DDataset, PhantomDataset
 
 DATASETS: dict[str, type[BaseDataset]] = {
-    name: dataset for dataset in (ACDCDataset, KiTSDataset, PhantomDataset) for name in (dataset.name, *dataset.aliases)
+    name: dataset
+    for dataset in (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
+    for name in (dataset.name, *dataset.aliases)
 }

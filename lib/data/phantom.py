@@ -1,8 +1,10 @@
-"""A synthetic short-axis cine MRI data set, laid out and labelled like ACDC (Bernard et al., IEEE TMI 2018)."""
+"""Synthetic data sets: short-axis cine MRI laid out and labelled like ACDC (Bernard et al., IEEE TMI 2018), and small
+abdominal CT laid out and labelled like KiTS (Heller et al., arXiv 1904.00445)."""
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +13,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from lib.error import InputError
 
-_VERSION = 1  # of the images: raise it whenever the same seed gives other voxels
+_VERSION, _VERSION_3D = 1, 1  # of the images: raise it whenever the same seed gives other voxels
 _AIR, _LUNG, _MUSCLE, _LIVER, _MYOCARDIUM, _FAT, _BLOOD = 0.02, 0.08, 0.3, 0.4, 0.36, 0.9, 1.0  # brightness
 
 
@@ -25,31 +27,54 @@ def write_phantom(folder: Path, seed: int = 0, n_patients: int = 30) -> None:
 
     Raises InputError if `folder` holds anything else or cannot be written.
     """
-    folder = Path(folder)
-    marker = json.dumps({"seed": seed, "n_patients": n_patients, "version": _VERSION}) + "\n"
+
+    def write(new: Path) -> None:
+        for patient in range(1, n_patients + 1):
+            _write_patient(new / "training" / f"patient{patient:03d}", np.random.default_rng([seed, patient]))
+
+    _write_once(Path(folder), {"seed": seed, "n_patients": n_patients, "version": _VERSION}, 4 * n_patients, write)
+
+
+def write_phantom3d(folder: Path, seed: int = 0, n_cases: int = 15) -> None:
+    """Write the three-dimensional phantom to `folder`, or do nothing if just this phantom is there already.
+
+    `case_NNNNN/imaging.nii.gz` (int16, about Hounsfield units) and `segmentation.nii.gz` (uint8: 0 background,
+    1 kidney, 2 tumor), numbered from 0, with axes (slices, rows, columns) towards inferior, posterior and left as in
+    KiTS. `phantom.json` and all else are as `write_phantom` says.
+    """
+
+    def write(new: Path) -> None:
+        for case in range(n_cases):
+            _write_case(new / f"case_{case:05d}", np.random.default_rng([seed, case]))
+
+    _write_once(Path(folder), {"seed": seed, "n_cases": n_cases, "version": _VERSION_3D}, 2 * n_cases, write)
+
+
+def _write_once(folder: Path, description: dict, n_files: int, write: Callable[[Path], None]) -> None:
+    """Have `write` fill `folder` with `n_files` images, unless phantom.json there says that this is done."""
+    marker = json.dumps(description) + "\n"
     try:
         if folder.exists():
-            _check_complete(folder, marker, n_patients)
+            _check_complete(folder, marker, n_files)
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / folder.name
-            for patient in range(1, n_patients + 1):
-                _write_patient(new / "training" / f"patient{patient:03d}", np.random.default_rng([seed, patient]))
+            write(new)
             (new / "phantom.json").write_text(marker)
             try:
                 os.rename(new, folder)
             except OSError:  # another process may have been faster
-                _check_complete(folder, marker, n_patients)
+                _check_complete(folder, marker, n_files)
     except OSError as error:
         raise InputError(f"{folder}: the phantom cannot be written or read there ({error.strerror})") from error
 
 
-def _check_complete(folder: Path, marker: str, n_patients: int) -> None:
-    """Raise InputError unless `folder` holds the finished phantom that `marker` describes (4 files per patient)."""
+def _check_complete(folder: Path, marker: str, n_files: int) -> None:
+    """Raise InputError unless `folder` holds the finished phantom that `marker` describes."""
     written = folder / "phantom.json"
     same = written.is_file() and written.read_bytes() == marker.encode()
-    if not same or len(list(folder.glob("training/patient*/*.nii.gz"))) != 4 * n_patients:
+    if not same or len(list(folder.rglob("*.nii.gz"))) != n_files:
         raise InputError(f"{folder}: holds something else than the phantom asked for; delete or rename this folder")
 
 
@@ -68,11 +93,27 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
         image, label = _draw(shape, in_plane_mm, np.random.default_rng(anatomy_seed), systole)
         image = _scan(image, np.random.default_rng(noise_seed))
         for array, end in ((image, ""), (label, "_gt")):
-            nifti = nib.Nifti1Image(array, affine)
-            nifti.header.set_xyzt_units("mm")
-            nifti.set_qform(affine, 1)
-            nifti.set_sform(affine, 1)
-            nib.save(nifti, folder / f"{folder.name}_frame{frame:02d}{end}.nii.gz")
+            _save(array, affine, folder / f"{folder.name}_frame{frame:02d}{end}.nii.gz")
+
+
+def _write_case(folder: Path, rng: np.random.Generator) -> None:
+    """Write one case of the three-dimensional phantom drawn from `rng`."""
+    folder.mkdir(parents=True)
+    shape = (int(rng.integers(24, 33)), *(int(n) for n in rng.integers(40, 49, 2)))
+    slice_mm, pixel_mm = np.round([rng.uniform(4.5, 6.0), rng.uniform(6.2, 7.2)], 3)
+    affine = np.array([[0, 0, -pixel_mm, 0], [0, -pixel_mm, 0, 0], [-slice_mm, 0, 0, 0], [0, 0, 0, 1]])
+    affine[:3, 3] = np.round(rng.uniform(-60, 60, 3), 2)
+    image, label = _draw_abdomen(shape, (slice_mm, pixel_mm, pixel_mm), rng)
+    _save(image, affine, folder / "imaging.nii.gz")
+    _save(label, affine, folder / "segmentation.nii.gz")
+
+
+def _save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    nifti = nib.Nifti1Image(array, affine)
+    nifti.header.set_xyzt_units("mm")
+    nifti.set_qform(affine, 1)
+    nifti.set_sform(affine, 1)
+    nib.save(nifti, path)
 
 
 class _Canvas:
@@ -201,3 +242,52 @@ def _scan(image, rng: np.random.Generator):
     sigma = rng.uniform(0.03, 0.06)
     image = np.hypot(image + rng.normal(0, sigma, image.shape), rng.normal(0, sigma, image.shape))
     return np.round(image * rng.uniform(120, 250)).astype(np.int16)
+
+
+def _draw_abdomen(shape, spacing_mm, rng: np.random.Generator):
+    """Image (X, Y, Z) int16 and label (X, Y, Z) uint8: two kidneys, a tumor on one of them or none, and organs, bowel
+    and vessels of which some are as bright as the kidneys. Axes run to inferior, posterior and left."""
+    mm = np.meshgrid(*(s * (np.arange(n) - (n - 1) / 2) for n, s in zip(shape, spacing_mm, strict=True)), indexing="ij")
+    image, label = np.full(shape, -1000.0), np.zeros(shape, np.uint8)
+
+    def paint(centre, radii, value, turn=0.0, label_value=None) -> None:
+        """An ellipsoid, turned in the coronal plane; at its border voxels are mixed (partial volume)."""
+        dx, dy, dz = (axis - c for axis, c in zip(mm, centre, strict=True))
+        u, v = np.cos(turn) * dx + np.sin(turn) * dz, np.cos(turn) * dz - np.sin(turn) * dx
+        away = np.sqrt((u / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (v / radii[2]) ** 2) - 1
+        outside = away * np.mean(radii[1:])  # about the distance to the surface
+        image[:] += np.clip(0.5 - outside / spacing_mm[1], 0, 1) * (value - image)
+        if label_value is not None:
+            label[outside < 0] = label_value
+
+    endless = 1e6  # a radius that makes a cylinder
+    body, fat = np.array([rng.uniform(92, 104), rng.uniform(122, 132)]), rng.uniform(8, 16)
+    paint((0, 0, 0), (endless, *body), -95)
+    paint((0, rng.uniform(-3, 3), 0), (endless, *(body - fat)), 45)
+    spine = rng.uniform(44, 54)
+    paint((0, spine, 0), (endless, 20, 22), 260)
+    paint((0, spine - 30, rng.uniform(4, 12)), (endless, 10, 10), rng.uniform(140, 180))  # the aorta
+    paint((0, spine - 28, rng.uniform(-24, -14)), (endless, 11, 13), rng.uniform(110, 150))  # the vena cava
+    paint((rng.uniform(-70, -50), -15, rng.uniform(-62, -52)), (60, 62, 52), rng.uniform(100, 125))  # the liver
+    paint((rng.uniform(-65, -45), 25, rng.uniform(78, 88)), (38, 30, 22), rng.uniform(100, 125))  # the spleen
+    for _ in range(rng.integers(4, 8)):  # bowel with contrast medium
+        centre = rng.uniform(-20, 70), rng.uniform(-65, -20), rng.uniform(-70, 80)
+        paint(centre, rng.uniform(9, 20, 3), rng.uniform(120, 190), rng.uniform(0, 3))
+
+    kidneys = []
+    for side in (-1, 1):
+        centre = np.array([rng.uniform(-12, 22), rng.uniform(22, 36), side * rng.uniform(58, 68)])
+        radii = np.array([rng.uniform(48, 58), rng.uniform(22, 27), rng.uniform(24, 30)])
+        paint(centre, radii, rng.uniform(150, 180), side * rng.uniform(0.1, 0.35), 1)
+        paint(centre - [0, 4, side * 14], 0.3 * radii, 30)  # the sinus: dark, yet part of the kidney
+        kidneys.append((centre, radii))
+    centre, radii = kidneys[rng.integers(2)]
+    direction = rng.normal(size=3)
+    at = centre + 0.9 * radii * direction / np.linalg.norm(direction)
+    radius, value = rng.uniform(16, 28), rng.uniform(80, 105)
+    if rng.random() < 0.75:
+        paint(at, np.full(3, radius), value, label_value=2)
+
+    noise = gaussian_filter(rng.normal(size=shape), 0.6)
+    image += rng.uniform(15, 25) * noise / noise.std()
+    return np.round(image).astype(np.int16), label

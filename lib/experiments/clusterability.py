@@ -6,6 +6,7 @@ clusterability.json, clusterability.md, curves.png and heatmaps.png of RUN, and 
 
 import argparse
 import sys
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from diptest import diptest
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 from sklearn.cluster import KMeans
@@ -37,11 +39,10 @@ MEASURES = {
     "clusters": ("number of clusters", (1, None), False),
     "distance": ("mean distance to map 1", (0, None), True),
 }
-LINES = {"dip_p": 0.05, "hopkins": 0.5, "silhouette": 0.25}  # below, or else above these: clusters
+WHOLE = partial(MaxNLocator, integer=True, min_n_ticks=1)  # ticks at whole numbers only
 MOST_CLUSTERS = 8
-NO_STRUCTURE = LINES[
-    "silhouette"
-]  # Kaufman and Rousseeuw (1990): a mean silhouette up to this shows no substantial structure
+NO_STRUCTURE = 0.25  # Kaufman and Rousseeuw (1990): a mean silhouette up to this shows no substantial structure
+LINES = {"dip_p": 0.05, "hopkins": 0.5, "silhouette": NO_STRUCTURE}  # on the other side of these: clusters
 MOST_DISTANCES = 72_000  # the table of the dip's p-values ends here
 TEXT = """\
 Each map is scaled to [0, 1] and average-pooled by 2, as in `delta_opt`; its distance to another one is the root mean
@@ -220,7 +221,9 @@ def _panels(figure: Figure, results: list[dict]):
             axis.axhline(LINES[key], color="black", linestyle=":", linewidth=1)
         yield axis, key
         axis.set_ylim(*limits)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if key == "clusters":
+            axis.yaxis.set_major_locator(WHOLE())
+        axis.xaxis.set_major_locator(WHOLE())
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
 
@@ -250,19 +253,19 @@ def _deepest(result: dict) -> int:
 
 def draw_heatmaps(result: dict) -> Figure:
     """Layers x epochs, one heat map per measure; grey where there is no value."""
-    n = len(result["layers"])
+    n, epochs = len(result["layers"]), np.array(result["epochs"])
+    half = (epochs[1] - epochs[0]) / 2 if len(epochs) > 1 else 0.5
+    edges = np.concatenate([[epochs[0] - half], (epochs[1:] + epochs[:-1]) / 2, [epochs[-1] + half]])
     figure = new_figure(11, 2.2 + 0.32 * n)
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for axis, (key, (title, (low, high), small)) in zip(axes.flat, MEASURES.items(), strict=True):
         colours = matplotlib.colormaps["viridis_r" if small else "viridis"].with_extremes(bad="#DDDDDD")
         values = np.ma.masked_invalid(_array(result, key))
-        image = axis.pcolormesh(
-            result["epochs"], range(n), values, shading="nearest", cmap=colours, vmin=low, vmax=high, rasterized=True
-        )
-        figure.colorbar(image, ax=axis, pad=0.02)
+        image = axis.pcolormesh(edges, np.arange(n + 1) - 0.5, values, cmap=colours, vmin=low, vmax=high)
+        figure.colorbar(image, ax=axis, pad=0.02, ticks=WHOLE() if key == "clusters" else None)
         axis.axhline(_deepest(result) + 0.5, color="white", linewidth=1.5)
         axis.set_title(title)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(WHOLE())
     axes[0, 0].set_yticks(range(n), labels=result["layers"])
     axes[0, 0].invert_yaxis()
     for axis in axes[:, 0]:
