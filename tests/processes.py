@@ -24,14 +24,16 @@ TARGETS = {
 
 @dataclass
 class Fault:
-    """At the `nth` call of `target`: a signal to the process itself after `delay` seconds; or `limit` (no file may grow
-    any more), `full` (the disk that holds the file `path` fills up) or `wait` (until the file `path` is there)."""
+    """At the `nth` call of `target`: a signal to the process itself after `delay` seconds, or at the call's
+    end if that comes first; or `limit` (no file may grow any more), `full` (the disk that holds the file `path` fills
+    up) or `wait` (until the file `path` is there)."""
 
     target: str
     nth: int = 1
     delay: float = 0.0
     action: int | str = signal.SIGKILL
     path: Path | None = None
+    timer: threading.Timer | None = None
 
     def happen(self) -> None:
         if self.action == "limit":
@@ -47,7 +49,13 @@ class Fault:
             while not self.path.exists():
                 time.sleep(0.01)
         else:
-            threading.Timer(self.delay, os.kill, (os.getpid(), self.action)).start()
+            self.timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.action))
+            self.timer.start()
+
+    def end(self) -> None:
+        if self.timer and not self.timer.finished.is_set():
+            self.timer.cancel()
+            os.kill(os.getpid(), self.action)
 
 
 def _patch(target: str, before=None, after=None) -> None:
@@ -83,7 +91,7 @@ def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times
     lib.callback.training_settled = lambda *_: True  # prune from the first epoch on
     if fault:
         calls = iter(range(1, 10**6))
-        _patch(fault.target, before=lambda: fault.happen() if next(calls) == fault.nth else None)
+        _patch(fault.target, lambda: fault.happen() if next(calls) == fault.nth else None, lambda _: fault.end())
     if times:
         log = times.open("a", buffering=1)
         for target in TARGETS:
