@@ -14,6 +14,7 @@ from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import DATASETS
 from lib.error import InputError
+from lib.experiments.report import report_training
 from lib.lock import locked
 from lib.log import Log
 from lib.loss import LOSSES
@@ -127,6 +128,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
                 val_interval=config["val_interval"],
                 prune=pruning is not None,
                 device=device,
+                amp=config.get("amp", False),
             )
     except Stopped as stopped:
         log(f"{stopped}; to continue: python train.py --resume {shlex.quote(str(folder))}")
@@ -134,6 +136,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     for key, before in state.unpruned.items():
         now = state.rows[-1][key]
         log(f"{key:<10} {before:>15,} -> {now:>15,} ({100 * now / before:.1f}%)")
+    report_training(folder, device, log)
 
 
 def main(argv: list[str] | None = None) -> int:

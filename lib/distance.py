@@ -19,15 +19,19 @@ SMALLEST_RANGE = 1e-6  # a map that varies less is constant: it normalises to ze
 
 
 def _pool(h: Tensor, sf: int) -> Tensor:
-    """Average pooling with window and stride `sf` (an axis shorter than that is averaged whole)."""
+    """Average pooling with window and stride `sf` (an axis shorter than that is averaged whole), at least float32."""
     window = [min(sf, size) for size in h.shape[2:]]
     if h.device.type != "cpu":
-        return (F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, window)
+        return _at_least_float32((F.avg_pool2d if h.ndim == 4 else F.avg_pool3d)(h, window))
     for axis, w in enumerate(window, 2):  # axis by axis: on the CPU a seventh of the time of torch's pooling
         n = h.shape[axis] // w
         first, *rest = h.narrow(axis, 0, n * w).unflatten(axis, (n, w)).unbind(axis + 1)
         h = sum(rest, first)
-    return h / math.prod(window)
+    return _at_least_float32(h) / math.prod(window)
+
+
+def _at_least_float32(h: Tensor) -> Tensor:
+    return h.to(torch.promote_types(h.dtype, torch.float32))
 
 
 def _unpool(g: Tensor, size: torch.Size, sf: int) -> Tensor:
@@ -63,7 +67,7 @@ class _EucNorm(torch.autograd.Function):
         spread = high.values - low.values
         varies = spread > SMALLEST_RANGE
         scale = torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
-        p = _pool(h, sf).to(scale.dtype).flatten(2)
+        p = _pool(h, sf).flatten(2)
         n = p.sub_(low.values[..., None]).mul_(scale[..., None])
         d = n - n[:, :1]
         delta = torch.linalg.vector_norm(d, dim=2) / math.sqrt(d.shape[2])
@@ -104,7 +108,7 @@ class _Extreme(NamedTuple):
 def _extremes(flat: Tensor) -> tuple[_Extreme, _Extreme]:
     """Smallest and largest value of each map, and where they are: (B, C, N) -> two times ((B, C), (B, C))."""
     if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
-        return flat.min(2), flat.max(2)
+        return tuple(_Extreme(_at_least_float32(e.values), e.indices) for e in (flat.min(2), flat.max(2)))
     array = flat.detach().numpy()  # numpy finds them ten times faster
     indices = [torch.from_numpy(find(array, axis=2)) for find in (np.argmin, np.argmax)]
     return tuple(_Extreme(flat.gather(2, i[..., None])[..., 0], i) for i in indices)
@@ -144,7 +148,7 @@ def euc_rand(h: Tensor, sf: int = 2) -> tuple[Tensor, int]:
     (B, C, *spatial) -> ((C,) in [0, 1], r), 0 for r itself. r comes from torch's CPU generator, one for the batch.
     """
     r = int(torch.randint(h.shape[1], (1,)))
-    pooled = _pool(h.float(), sf)
+    pooled = _pool(h, sf)
     return _over_largest(_rms(pooled[:, r : r + 1] - pooled)).mean(0), r
 
 

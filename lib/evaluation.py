@@ -13,6 +13,8 @@ from statistics import fmean
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
+from nibabel.filebasedimages import SerializableImage
 from tqdm import tqdm
 
 from lib.error import InputError
@@ -92,11 +94,10 @@ def read_labels(
     """
     try:
         image = nib.load(path)
-        labels = np.asarray(image.dataobj)
+        labels = _read_voxels(path, image)
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
-        raise InputError(
-            f"{path}: cannot be read as a NIfTI image ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
     while labels.ndim > 3 and labels.shape[-1] == 1:
         labels = labels[..., 0]
     spacing_mm = tuple(float(size) for size in image.header.get_zooms()[:3])
@@ -111,6 +112,14 @@ def read_labels(
     if not in_range or (labels.dtype.kind == "f" and (labels != np.rint(labels)).any()):
         _refuse_labels(path, labels, n_classes)
     return labels, image.affine, spacing_mm
+
+
+def _read_voxels(path: Path, image) -> np.ndarray:
+    """The array of a file that nibabel has opened as `image`, in the type that it is stored in."""
+    if Path(path).suffix != ".gz" or not isinstance(image, SerializableImage):
+        return np.asarray(image.dataobj)
+    with igzip.open(path) as stream:  # decompresses three times faster than what nibabel uses
+        return np.asarray(type(image).from_stream(stream).dataobj)
 
 
 def _refuse_labels(path: Path, labels: np.ndarray, n_classes: int) -> None:

@@ -45,17 +45,19 @@ def fit(
     val_interval: int,
     prune: bool,
     device: torch.device,
+    amp: bool = False,
 ) -> None:
-    """Train from the epoch after `state.epoch` to `epochs`; `prune` measures delta_prune in each epoch's last batch."""
+    """Train from the epoch after `state.epoch` to `epochs`; `prune` measures delta_prune in each epoch's last batch,
+    `amp` lets the network compute in bfloat16 where that is safe."""
     while state.epoch < epochs:
         start = time.perf_counter()
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
             group["lr"] = poly_lr(lr, epoch, epochs)
         row = {"epoch": epoch, "lr": poly_lr(lr, epoch, epochs), "val_loss": None, "val_dice": None}
-        row["train_loss"] = train_epoch(state, criterion, data, epoch, epochs, prune, device)
+        row["train_loss"] = train_epoch(state, criterion, data, epoch, epochs, prune, device, amp)
         if state.validates and epoch % val_interval == 0:
-            row["val_loss"], row["val_dice"], scores = validate(state.model, criterion, data, device)
+            row["val_loss"], row["val_dice"], scores = validate(state.model, criterion, data, device, amp)
             state.validation[str(epoch)] = {"loss": row["val_loss"], "dice": scores}
         row["seconds"] = time.perf_counter() - start
         state.epoch = epoch
@@ -72,14 +74,15 @@ def train_epoch(
     epochs: int,
     prune: bool,
     device: torch.device,
+    amp: bool = False,
 ) -> float:
     """One pass over the training set; returns the mean loss and leaves delta_prune of the last batch in the state."""
     state.model.train()
     total, n_batches = 0.0, data.n_train_batches()
     with tqdm(total=n_batches, desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False) as bar:
         for i, batch in enumerate(data.train_batches(epoch)):
-            images, labels = batch["image"].to(device), batch["label"].to(device)
-            loss, measured = compute_loss(state.model, criterion, images, labels, prune and i == n_batches - 1)
+            images, labels = (to_device(batch[key], device) for key in ("image", "label"))
+            loss, measured = compute_loss(state.model, criterion, images, labels, prune and i == n_batches - 1, amp)
             if not torch.isfinite(loss):
                 subjects = ", ".join(sorted(set(batch["id"])))
                 _stop(state, f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}")
@@ -102,21 +105,33 @@ def _stop(state: TrainingState, what: str) -> NoReturn:
     raise InputError(f"{what}; {kept}: look at the images, or try a smaller --lr")
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a GPU through pinned memory, so that the copy does not wait for what the GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def compute_loss(
-    model: nn.Module, criterion: nn.Module, images: Tensor, labels: Tensor, delta_prune: bool = False
+    model: nn.Module,
+    criterion: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    delta_prune: bool = False,
+    amp: bool = False,
 ) -> tuple[Tensor, Measured]:
     """The loss of a batch, and what the model measured: its outputs, and delta_prune by block where asked for."""
-    if not (criterion.uses_distances or delta_prune):
-        outputs = model(images)
-        return criterion(outputs, labels), Measured(outputs, {}, {})
-    measured = model(images, delta_opt=criterion.uses_distances, delta_prune=delta_prune)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        if criterion.uses_distances or delta_prune:
+            measured = model(images, delta_opt=criterion.uses_distances, delta_prune=delta_prune)
+        else:
+            measured = Measured(model(images), {}, {})
+    outputs = [output.float() for output in measured.outputs] if amp else measured.outputs
     distances = [measured.delta_opt] if criterion.uses_distances else []
-    return criterion(measured.outputs, labels, *distances), measured
+    return criterion(outputs, labels, *distances), measured
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, criterion: nn.Module, data: BaseDataset, device: torch.device
+    model: nn.Module, criterion: nn.Module, data: BaseDataset, device: torch.device, amp: bool = False
 ) -> tuple[float, list[float | None], dict[str, list[float | None]]]:
     """Mean loss over the patches, mean Dice per class over the subjects that have it, and Dice by subject and class."""
     model.eval()
@@ -126,9 +141,9 @@ def validate(
         for images, labels in zip(
             volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
         ):
-            images, labels = images.to(device), labels.to(device)
+            images, labels = to_device(images, device), to_device(labels, device)
             check_stopped()
-            loss, measured = compute_loss(model, criterion, images, labels)
+            loss, measured = compute_loss(model, criterion, images, labels, amp=amp)
             if not torch.isfinite(loss):
                 raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
             total += loss.item() * len(images)

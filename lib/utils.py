@@ -197,6 +197,13 @@ def _parser() -> Parser:
     )
     add(run, "--save_fms_every", "save them in every n-th epoch", "1", type=positive, metavar="N")
 
+    run.add_argument(
+        "--amp",
+        action="store_true",
+        default=None,
+        help="let the network compute in bfloat16 where that is safe (default: float32 throughout)",
+    )
+
     network = parser.add_argument_group("network")
     add(
         network,
@@ -324,6 +331,7 @@ def make_config(args: argparse.Namespace) -> dict:
         "dist_fun": "euc_norm",
         "imp_fun": "euc_rand",
         "no_prune": False,
+        "amp": False,
         "save_fms": False,
         "save_fms_every": 1,
         "in_filters": None,

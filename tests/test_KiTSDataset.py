@@ -17,7 +17,7 @@ import train
 from lib.data import DATASETS
 from lib.data.KiTSDataset import KiTSDataset
 from lib.data.PhantomDataset import Phantom3DDataset
-from lib.data.preprocessing import Grid, Preprocessing, read_label, standardize, to_original_grid
+from lib.data.preprocessing import Grid, Preprocessing, standardize, to_original_grid
 from lib.error import InputError
 from lib.models.nnUNet import nnUNet
 
@@ -155,10 +155,11 @@ def test_real_labels_survive_the_round_trip(case):
     """Of the box that holds the foreground, with a margin of 8 voxels."""
     if not SHARED.is_dir():
         pytest.skip("the shared KiTS19 labels are not beside this checkout")
-    label = read_label(SHARED / f"case_{case:05d}" / "segmentation.nii.gz", 3)
-    box = [(int(axis.min()), int(axis.max())) for axis in label.data[0].nonzero().T]
-    crop = tuple(slice(max(low - 8, 0), high + 9) for low, high in box)
-    truth = label.data[0][crop]
+    label = nib.load(SHARED / f"case_{case:05d}" / "segmentation.nii.gz")
+    labels = np.asarray(label.dataobj)
+    box = [np.flatnonzero(labels.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    crop = tuple(slice(max(line[0] - 8, 0), line[-1] + 9) for line in box)
+    truth = torch.from_numpy(labels[crop].astype(np.uint8))
     grid = Grid(tuple(truth.shape), label.affine)
     recipe = Preprocessing(KiTSDataset.preprocessing.spacing_mm, min_size=(80, 160, 160), zscore=False)
     masks = [tio.ScalarImage(tensor=(truth == k)[None].float(), affine=grid.affine) for k in range(3)]

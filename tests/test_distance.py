@@ -112,3 +112,13 @@ def test_euc_rand_properties(batch, channels, seed):
 def test_euc_rand_of_identical_maps_is_zero():
     delta, _ = euc_rand(torch.ones(2, 4, 4, 4))
     assert delta.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_bfloat16_maps_are_measured_in_float32(name):
+    h = torch.randn(2, 4, 8, 8).bfloat16().requires_grad_()
+    delta = DISTANCES[name](h)
+    assert delta.dtype == torch.float32
+    torch.testing.assert_close(delta, DISTANCES[name](h.float()), rtol=0.02, atol=0.01)
+    delta.sum().backward()
+    assert h.grad.dtype == torch.bfloat16 and torch.isfinite(h.grad).all()

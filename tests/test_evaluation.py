@@ -40,6 +40,9 @@ def heart(moved=0, classes=(1, 2, 3)):
         ("patient002_frame01", "patient002_frame01_gt.nii.gz"),
         ("patient002_frame01", "patient002_frame01.nii.gz"),
         ("case_00010", "case_00010/segmentation.nii.gz"),
+        ("case_00010", "data/case_00010/aggregated_MAJ_seg.nii.gz"),
+        ("prediction_00010", "dataset/case_00010/segmentation.nii.gz"),
+        ("prediction_00010", "case_00010.nii.gz"),
     ],
 )
 def test_ground_truth_is_found_in_every_layout(tmp_path, subject, truth):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation
 
-from lib.data.phantom import write_phantom
+from lib.data.phantom import write_phantom, write_phantom3d
 from lib.error import InputError
 
 N_PATIENTS = 8
@@ -46,6 +46,49 @@ def test_it_is_laid_out_like_acdc(phantom):
 def test_it_leaves_nothing_but_the_data_set_behind(phantom):
     assert [p.name for p in phantom.parent.iterdir()] == ["phantom"]
     assert json.loads((phantom / "phantom.json").read_text()) == {"seed": 0, "n_patients": 8, "version": 1}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """[(image, label)] of six cases of the three-dimensional phantom, as nibabel reads them."""
+    folder = tmp_path_factory.mktemp("phantom3d") / "data"
+    write_phantom3d(folder, seed=0, n_cases=6)
+    assert (folder / "phantom.json").is_file()
+    names = ("imaging.nii.gz", "segmentation.nii.gz")
+    return [tuple(nib.load(folder / f"case_{case:05d}" / name) for name in names) for case in range(6)]
+
+
+def test_abdomens_have_the_axes_labels_and_intensities_of_kits(cases):
+    tumors = 0
+    for image, label in cases:
+        assert image.shape == label.shape and np.array_equal(image.affine, label.affine)
+        assert nib.aff2axcodes(image.affine) == ("I", "P", "L")
+        assert 24 <= image.shape[0] <= 32 and all(40 <= n <= 48 for n in image.shape[1:])
+        assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
+        image, label = np.asarray(image.dataobj), np.asarray(label.dataobj)
+        tumors += (label == 2).any()
+        assert set(np.unique(label)) <= {0, 1, 2}
+        left, right = np.array_split(label, 2, axis=2)
+        assert (left == 1).sum() > 200 and (right == 1).sum() > 200
+        assert 130 < np.median(image[label == 1]) < 190 and np.median(image[0, :3]) < -900
+    assert 0 < tumors < 6
+
+
+def test_no_threshold_finds_the_kidneys(cases):
+    for image, label in cases:
+        image, kidney = np.asarray(image.dataobj), np.asarray(label.dataobj) > 0
+        dice = [2 * (kidney & (image > t)).sum() / (kidney.sum() + (image > t).sum()) for t in range(0, 250, 5)]
+        assert max(dice) < 0.75
+
+
+def test_the_3d_phantom_is_written_once_and_always_alike(tmp_path):
+    for name in ("a", "b"):
+        write_phantom3d(tmp_path / name, n_cases=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    with pytest.raises(InputError, match="delete or rename"):
+        write_phantom3d(tmp_path / "a", n_cases=2)
+    with pytest.raises(InputError, match="delete or rename"):
+        write_phantom(tmp_path / "a", n_patients=1)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(phantom, tmp_path):

@@ -40,8 +40,8 @@ def make_state(folder, epoch=0, kind=Sauron):
     return TrainingState(model, torch.optim.Adam(model.parameters(), lr=1), folder, print, epoch)
 
 
-def run(state, callbacks=(), epochs=4, prune=True, data=None):
-    settings = {"epochs": epochs, "lr": 1e-2, "val_interval": 2, "prune": prune, "device": CPU}
+def run(state, callbacks=(), epochs=4, prune=True, data=None, amp=False):
+    settings = {"epochs": epochs, "lr": 1e-2, "val_interval": 2, "prune": prune, "device": CPU, "amp": amp}
     fit(state, DS_CrossEntropyDiceLoss_Distance(0.5), data or TinyData(), callbacks, **settings)
 
 
@@ -150,3 +150,27 @@ def test_optimizers_take_their_settings():
     assert (type(adam).__name__, adam.defaults["lr"], adam.defaults["weight_decay"]) == ("Adam", 0.5, 0.25)
     sgd = build_optimizer({"optim": "sgd", "lr": 0.5, "wd": 0.25, "momentum": 0.75, "nesterov": False}, model)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.75, False)
+
+
+def test_amp_trains_and_is_near_to_float32(tmp_path):
+    rows = []
+    for amp in (False, True):
+        state = make_state(tmp_path)
+        run(state, amp=amp)
+        rows.append(state.rows)
+        assert all(p.dtype == torch.float32 for p in state.model.parameters())
+    for plain, fast in zip(*rows, strict=True):
+        assert fast["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
+    assert rows[0] != rows[1]
+
+
+def test_amp_continues_to_the_bit(tmp_path):
+    whole = make_state(tmp_path / "a")
+    run(whole, [checkpoint.save], epochs=2, amp=True)
+    continued = make_state(tmp_path / "b")
+    continued.model.load_state_dict(whole.model.state_dict())
+    checkpoint.restore(continued, checkpoint.read_training(tmp_path / "a" / "models" / "state-2"))
+    run(whole, epochs=4, amp=True)
+    run(continued, epochs=4, amp=True)
+    for a, b in zip(whole.model.parameters(), continued.model.parameters(), strict=True):
+        assert torch.equal(a, b)

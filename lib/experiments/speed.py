@@ -36,10 +36,9 @@ from lib.data import DATASETS
 from lib.data.augmentation import augmentation
 from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
 from lib.data.preprocessing import preprocess, read_image
-from lib.evaluation import evaluate_pair
+from lib.evaluation import Rules, evaluate_pair
 from lib.inference import predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
-from lib.metric import TOLERANCE_MM
 from lib.models import summary
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Measured, Sauron
@@ -350,12 +349,12 @@ def evaluate(args: argparse.Namespace) -> None:
         nib.save(type(original)(np.roll(labels, (1, 1, 1), (0, 1, 2)), original.affine, original.header), prediction)
         pair = (prediction, truth)
         sides = {
-            "ours": lambda: evaluate_pair(*pair, n_classes, TOLERANCE_MM),
+            "ours": lambda: evaluate_pair(*pair, Rules(n_classes)),
             "reading with nibabel": lambda: [np.asarray(nib.load(path).dataobj) for path in pair],
         }
         found = sides["ours"]()
         start = clock(args.device)
-        expected = medpy_metrics(*pair)  # once: it takes minutes
+        expected = medpy_metrics(*pair)  # once, as it may take minutes
         by_medpy = clock(args.device) - start
         ours = np.array([found[metric][1:] for metric in ("dice", "HD", "HD95")]).T
         print(f"{labels.shape} voxels of {labels.dtype}; ", end="")
@@ -364,8 +363,8 @@ def evaluate(args: argparse.Namespace) -> None:
         show("medpy / ours", [by_medpy / s for s in seconds["ours"]])
         show_ratio("ours", "reading with nibabel", seconds)
         code = (
-            "import sys; from lib.evaluation import evaluate_pair;"
-            "evaluate_pair(sys.argv[1], sys.argv[2], int(sys.argv[3]), 1.64);"
+            "import sys; from lib.evaluation import Rules, evaluate_pair;"
+            "evaluate_pair(sys.argv[1], sys.argv[2], Rules(int(sys.argv[3])));"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )  # getrusage would tell the peak of this process too
         argv = [sys.executable, "-c", code, *map(str, pair), str(n_classes)]

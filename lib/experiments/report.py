@@ -1,0 +1,401 @@
+"""A run on one page: `python -m lib.experiments.report RUN` writes RUN/report.html and RUN/figures/*.png.
+
+The page holds its figures itself and needs no network. train.py writes it at the end; called by hand it also shows a
+training that was interrupted or is still running.
+"""
+
+import argparse
+import base64
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from lib.checkpoint import newest_epoch, write_text
+from lib.data import DATASETS
+from lib.data.BaseDataset import BaseDataset
+from lib.error import InputError
+from lib.experiments.feature_maps import cut_patch, picture
+from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
+from lib.models import build_model, load_model, summary
+from lib.utils import find_device, read_config, run_script
+
+PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
+FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
+NO_FLAGS = ("modalities", "n_classes", "dim")  # settings that are the data set's
+LINES = ("-", "--", ":")
+WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1}  # ticks of epochs
+SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
+HTML = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
+h1, h2 {{ line-height: 1.2; overflow-wrap: anywhere; }}
+h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ccc; }}
+.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }}
+figure {{ margin: 0 0 1rem; }}
+img {{ width: 100%; }}
+figcaption {{ color: #444; font-size: .9rem; }}
+th, td {{ text-align: left; vertical-align: top; padding: 0 1.5rem .2rem 0; overflow-wrap: anywhere; }}
+th {{ font-weight: normal; color: #444; min-width: 8rem; }}
+.settings {{ columns: 26rem; font-size: .9rem; }}
+pre {{ background: #f3f3f3; padding: .7rem 1rem; white-space: pre-wrap; overflow-x: auto; font-size: .85rem; }}
+pre span {{ white-space: nowrap; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say; blocks are those that can be pruned, in the order of the forward pass."""
+
+    folder: Path
+    config: dict
+    history: dict[str, list]  # of history.json: a value per epoch
+    scores: dict[str, list[float | None]]  # of the newest validation: Dice per class, by subject; may be empty
+    scores_epoch: int | None  # of that validation
+    widths: dict[str, int]  # filters of each block without pruning
+    filters: np.ndarray  # (blocks, epochs)
+    tau: np.ndarray  # (blocks, epochs): the thresholds; (blocks, 0) without pruning
+    unpruned: dict[str, int]  # parameters, flops and filters of the network without pruning
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return DATASETS[self.config["data"]].class_names
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder with at least one finished epoch. Raises InputError if it is none, or a file is broken."""
+    config = read_config(folder)
+    if not (folder / "history.json").exists():
+        raise InputError(f"{folder}: has no finished epoch (no history.json), so there is nothing to report yet")
+    file = folder / "config.json"
+    try:
+        with torch.device("meta"):
+            model = build_model(config | {"in_filters": None, "out_filters": None})
+        widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
+        unpruned = summary(model, tuple(config["patch_size"]))
+        file = folder / "history.json"
+        history = json.loads(file.read_text())
+        n = len(history["epoch"])
+        if n == 0 or any(len(history[key]) != n for key in PER_EPOCH):
+            raise ValueError("not one value per epoch")
+        tau = np.array([[row[name] for row in history.get("tau", [])] for name in widths])
+        file = folder / "out_filters"
+        names, *lines = (line.split("\t") for line in file.read_text().splitlines())
+        filters = np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in widths])
+        file = folder / "validation_scores.json"
+        validated = json.loads(file.read_text())
+        newest = max(map(int, validated), default=None)
+        scores = validated[str(newest)]["dice"] if validated else {}
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: is broken ({type(error).__name__}: {error}); mend it or train again") from error
+    return Run(folder, config, history, scores, newest, widths, filters, tau, unpruned)
+
+
+def mean_foreground(dice: list[float | None] | None) -> float | None:
+    """The mean of what is known of the classes but the background."""
+    known = [d for d in (dice or [None])[1:] if d is not None]
+    return sum(known) / len(known) if known else None
+
+
+def command(config: dict) -> str:
+    """The command line that trains with these settings, each of them spelled out."""
+    words = ["python", "train.py"]
+    for key, value in config.items():
+        if key in (*FACTS, *NO_FLAGS) or value is None or (value is False and key != "nesterov"):
+            continue
+        words.append(f"--{key.rstrip('_')}")
+        if value is not True or key == "nesterov":
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def new_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A small figure with something over epochs."""
+    figure = new_figure(*SMALL)
+    axis = figure.subplots()
+    axis.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(**WHOLE))
+    axis.grid(color="#dddddd")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def draw_curves(run: Run, title: str, ylabel: str, curves: dict[str, list[float | None]], top: float | None) -> Figure:
+    """Curves over epochs, through the values that are there; few of them are marked, so that a single one is seen."""
+    figure, axis = new_axes(title, ylabel)
+    for k, (label, values) in enumerate(curves.items()):
+        known = [(epoch, v) for epoch, v in zip(run.history["epoch"], values, strict=True) if v is not None]
+        if known:
+            marker = "o" if len(known) < 30 else None
+            style = {"color": COLOURS[k], "linestyle": LINES[k % len(LINES)], "marker": marker, "markersize": 3}
+            axis.plot(*zip(*known, strict=True), label=label, **style)
+    if top:
+        axis.set_ylim(0, top)
+    axis.legend(frameon=False)
+    return figure
+
+
+def draw_loss(run: Run) -> Figure:
+    curves = {"training": run.history["train_loss"], "validation": run.history["val_loss"]}
+    return draw_curves(run, "Loss", "loss (no unit)", curves, None)
+
+
+def draw_dice(run: Run) -> Figure:
+    """Raises InputError if there is nothing to draw."""
+    if not any(run.history["val_dice"]):
+        raise InputError("no epoch was validated")
+    curves = {c: [d and d[k] for d in run.history["val_dice"]] for k, c in enumerate(run.classes) if k > 0}
+    return draw_curves(run, "Validation", "Dice (0 to 1)", curves, 1)
+
+
+def draw_size(run: Run) -> Figure:
+    left = {key: [100 * value / before for value in run.history[key]] for key, before in run.unpruned.items()}
+    curves = {f"{key.replace('flops', 'FLOPs')}: {values[-1]:.1f}%": values for key, values in left.items()}
+    return draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105)
+
+
+def draw_time(run: Run) -> Figure:
+    """The time of an epoch over the FLOPs of the network that it trained: that of the epoch before."""
+    figure, axis = new_axes("Time", "time of an epoch (s)")
+    epochs, flops, seconds = (np.array(run.history[key]) for key in ("epoch", "flops", "seconds"))
+    unit, name = (1e9, "GFLOPs") if flops[0] >= 1e9 else (1e6, "MFLOPs")
+    flops = np.concatenate([flops[:1], flops[:-1]]) / unit
+    validated = np.array([loss is not None for loss in run.history["val_loss"]])
+    for these, marker, label in ((validated, "o", "with validation"), (~validated, "^", "training only")):
+        if these.any():
+            points = axis.scatter(flops[these], seconds[these], 16, epochs[these], marker=marker, label=label)
+            points.set_clim(epochs[0], max(epochs[-1], epochs[0] + 1))
+    axis.set(xlabel=f"computation for one patch ({name})", xlim=(0, None), ylim=(0, 1.05 * seconds.max()))
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=WHOLE["steps"]))
+    figure.colorbar(points, label="epoch", ticks=MaxNLocator(**WHOLE))
+    if len(set(validated)) == 2:
+        axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_filters(run: Run) -> Figure:
+    """Blocks x epochs: the filters that are left, and beside them the thresholds."""
+    n, first, widths = len(run.widths), run.history["epoch"][0], list(run.widths.values())
+    left = 100 * run.filters / np.array(widths)[:, None]
+    maps = [(left, "Filters left", "of the unpruned block (%)", "cividis", 100)]
+    if run.tau.size:
+        maps.append((run.tau, "Thresholds", r"threshold $\tau$ of $\delta_{prune}$", "viridis", run.config["tau_max"]))
+    figure = new_figure(10, 1 + 0.2 * n)
+    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axis, (values, title, label, colours, largest) in zip(axes, maps, strict=True):
+        style = {"cmap": colours, "vmin": 0, "vmax": largest, "aspect": "auto", "interpolation": "nearest"}
+        image = axis.imshow(values, extent=(first - 0.5, first + values.shape[1] - 0.5, n - 0.5, -0.5), **style)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(**WHOLE))
+        figure.colorbar(image, ax=axis, label=label)
+    axes[0].set_yticks(range(n), labels=run.widths)
+    for i, (now, before) in enumerate(zip(run.filters[:, -1], widths, strict=True)):
+        axes[0].text(1.01, i, f"{now} of {before}", va="center", fontsize=7, transform=axes[0].get_yaxis_transform())
+    return figure
+
+
+def find_data(config: dict, data_path: str | None, cache_path: str | None) -> BaseDataset:
+    """The data set of a run, with its split. Raises InputError if it is not there any more."""
+    dataset, roots = DATASETS[config["data"]], (os.environ.get("SAURON_DATA", "data"), "data")
+    data_path = data_path or config["data_path"]
+    places = [data_path] if data_path else [os.path.join(root, dataset.folder) for root in roots]
+    if not any(map(os.path.isdir, places)):  # asked here because some data sets would write themselves
+        raise InputError(f"the data are not in {places[0]} any more; name their folder with --data_path")
+    settings = {key: config[key] for key in ("split", "seed_data")} | {"patch_size": tuple(config["patch_size"])}
+    return dataset(data_path=data_path, cache_path=cache_path or config["cache_path"], **settings)
+
+
+@torch.no_grad()
+def draw_examples(run: Run, data_path: str | None, cache_path: str | None, device: torch.device) -> Figure:
+    """The best, median and worst subject of the newest validation, as the newest model segments them now.
+
+    Raises InputError where there is no validation, data or model.
+    """
+    ranked = sorted((m, subject) for subject, dice in run.scores.items() if (m := mean_foreground(dice)) is not None)
+    if not ranked:
+        raise InputError("no subject was validated")
+    chosen = {}
+    for rank, i in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)):
+        chosen.setdefault(ranked[i], rank)
+    data = find_data(run.config, data_path, cache_path)
+    ids = data.ids["validation"]
+    if missing := [subject for _, subject in chosen if subject not in ids]:
+        raise InputError(f"{missing[0]} is not among the data any more")
+    volumes = data.get("validation")
+    model = load_model(run.folder / "models" / f"model-{newest_epoch(run.folder)}", device)
+
+    n_classes = len(run.classes)
+    figure = new_figure(8.4, 2.75 * len(chosen) + 0.3)
+    axes = figure.subplots(len(chosen), 3, squeeze=False)
+    for row, ((mean, subject), rank) in zip(axes, chosen.items(), strict=True):
+        image, truth, k, place = cut_patch(volumes[ids.index(subject)], data.patch_size, None)
+        predicted = model(image.to(device))[0][0].argmax(0).cpu()
+        background, truth, predicted = (picture(m, place, len(truth)) for m in (image[0, 0], truth, predicted))
+        low, high = np.percentile(background, (0.5, 99.5))
+        for axis, labels in zip(row, (None, truth, predicted), strict=True):
+            axis.imshow(background, cmap="gray", vmin=low, vmax=high)
+            axis.set(xticks=[], yticks=[])
+            if labels is not None:
+                masked, colours = np.ma.masked_equal(labels, 0), ListedColormap(COLOURS[: n_classes - 1])
+                axis.imshow(masked, colours, vmin=1, vmax=n_classes - 1, alpha=0.6, interpolation="nearest")
+        for label in np.unique(truth)[1:]:
+            row[2].contour(truth == label, levels=[0.5], colors="white", linewidths=1)
+        row[0].set_ylabel(f"{rank}: Dice {mean:.3f}\n{subject}\nslice {k}")
+    for axis, title in zip(axes[0], ("image", "truth", "prediction, truth in outline"), strict=True):
+        axis.set_title(title)
+    handles = [Patch(color=COLOURS[k], label=name) for k, name in enumerate(run.classes[1:])]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def overview(run: Run) -> dict[str, str]:
+    """What the run has come to."""
+    config, history, epoch = run.config, run.history, run.history["epoch"][-1]
+    finished = epoch >= config["epochs"]
+    patch = " x ".join(map(str, config["patch_size"]))
+    rows = {
+        "state": f"finished: {epoch} epochs" if finished else f"not finished: epoch {epoch} of {config['epochs']}",
+        "network": f"{config['model']} on {config['data']}, patches of {patch} voxels",
+    }
+    validated = [(mean_foreground(d), e, d) for e, d in zip(history["epoch"], history["val_dice"], strict=True)]
+    validated = [scores for scores in validated if scores[0] is not None]
+    if validated:
+        best = max(validated, key=lambda scores: scores[0])
+        for name, (mean, e, dice) in {"newest Dice": validated[-1], "best Dice (model-best)": best}.items():
+            known = [f"{c} {d:.3f}" for c, d in zip(run.classes[1:], dice[1:], strict=True) if d is not None]
+            rows[name] = f"{mean:.3f} on average in epoch {e} ({', '.join(known)})"
+    for key, before in run.unpruned.items():
+        now = history[key][-1]
+        rows["FLOPs for one patch" if key == "flops" else key] = f"{before:,} → {now:,} ({100 * now / before:.1f}%)"
+    seconds = round(sum(history["seconds"]))
+    rows["time"] = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} h for training and validation"
+    return rows | {"machine": config.get("machine", "unknown")}
+
+
+def table(rows: dict[str, object]) -> str:
+    """Names and values, escaped; a list as its words."""
+    values = {key: " ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in rows.items()}
+    cells = (f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in values.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def shell(*lines: str) -> str:
+    """Command lines, escaped, and broken only between words."""
+    return "<pre>" + "\n".join(re.sub(r"\S+", r"<span>\g<0></span>", escape(line)) for line in lines) + "</pre>"
+
+
+def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
+    """The page, from its figures as HTML by name, and sentences on what is missing."""
+    config = run.config
+    wide = [html for name, html in figures.items() if name in ("filters", "examples")]
+    small = [html for html in figures.values() if html not in wide]
+    typed = [config.get("command", "unknown")]
+    typed += [f"{c['command']}  # after epoch {c['after_epoch']}" for c in config.get("continued", [])]
+    settings = {key: value for key, value in config.items() if key not in FACTS}
+    settings |= {"git revision": config.get("git_revision") or "unknown"} | config.get("versions", {})
+    body = [
+        table(overview(run)),
+        "<h2>Training</h2>",
+        f'<div class="figures">{"".join(small)}</div>',
+        *wide,
+        *(f"<p>{escape(text)}</p>" for text in lacks),
+        "<h2>Repeat it</h2>",
+        f"<p>With every setting spelled out:</p>{shell(command(config))}",
+        f"<p>As it was typed:</p>{shell(*typed)}",
+        "<h2>Settings</h2>",
+        f'<div class="settings">{table(settings)}</div>',
+    ]
+    title = f"{config['exp_name']} / {config['data']} / {run.folder.resolve().name}"
+    return HTML.format(title=escape(title), body="\n".join(body))
+
+
+def report(folder: Path, data_path: str | None = None, cache_path: str | None = None, device: str = "auto") -> Path:
+    """Write report.html and figures/*.png of a run folder; return the page. The paths are the run's own by default.
+
+    Raises InputError if the run has no finished epoch, a file of it is broken, or it cannot be written to.
+    """
+    run, lacks, html, names = read_run(folder), [], {}, {"dice": "curves of the Dice", "examples": "examples"}
+    device = find_device(device)
+    figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
+        "loss": (draw_loss, "Mean over the patches."),
+        "dice": (draw_dice, "Mean over the validation subjects, before the pruning of the epoch."),
+        "size": (draw_size, "After the pruning of the epoch; FLOPs for one patch."),
+        "time": (draw_time, "Each epoch by the size of the network that it trained."),
+        "filters": (draw_filters, "Rows are the blocks in the order of the forward pass, heads left out."),
+        "examples": (
+            partial(draw_examples, data_path=data_path, cache_path=cache_path, device=device),
+            "The slice with most foreground, counted from 0. The Dice is that of the whole volume in the validation of "
+            f"epoch {run.scores_epoch}, the prediction that of the newest model, after all pruning.",
+        ),
+    }
+    try:
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, (draw, caption) in figures.items():
+            path = folder / "figures" / f"{name}.png"
+            path.unlink(missing_ok=True)
+            try:
+                with matplotlib.rc_context(STYLE):
+                    save_figure(draw(run), path, DPI)
+            except (InputError, OSError, RuntimeError) as error:  # the data may be gone, the device full
+                lacks.append(f"There are no {names.get(name, name)}: {error}.")
+                continue
+            content = base64.b64encode(path.read_bytes()).decode()
+            image = f'<img src="data:image/png;base64,{content}" alt="{name}">'
+            html[name] = f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+        write_text(folder / "report.html", page(run, html, lacks))
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be read or written ({error.strerror})") from error
+    return folder / "report.html"
+
+
+def report_training(folder: Path, device: torch.device, log: Callable[[str], None]) -> None:
+    """The report of a training that has just ended: whatever goes wrong is one line in its log."""
+    try:
+        log(f"report: {report(folder, device=str(device))}")
+    except Exception as error:
+        log(f"no report: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Report what `argv` names; returns the exit code: 0, or 2 after one line about bad input."""
+    parser = argparse.ArgumentParser("python -m lib.experiments.report", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, of a training that is finished, interrupted or running")
+    add("--data_path", help="folder of the data set, for the examples (default: that of the training)")
+    add("--cache_path", help="folder for preprocessed volumes (default: that of the training)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, for the examples (default: auto)")
+    args = parser.parse_args(argv)
+    return run_script(lambda: print(f"written: {report(args.run, args.data_path, args.cache_path, args.device)}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
