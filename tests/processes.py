@@ -1,6 +1,7 @@
 """The scripts as real processes, which a test can kill, stop or starve at any instant."""
 
 import importlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -83,6 +84,7 @@ def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times
     with open(output, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # as in a script that a shell starts
     import torch
 
     import lib.callback
