@@ -42,14 +42,19 @@ def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
 
 @torch.inference_mode()
 def predict_volume(
-    model: nn.Module, volume: Tensor, patch_size: tuple[int, ...], tta: bool = True, batch_size: int = 8
+    model: nn.Module,
+    volume: Tensor,
+    patch_size: tuple[int, ...],
+    tta: bool = True,
+    batch_size: int = 8,
+    amp: bool = False,
 ) -> Tensor:
     """Probabilities (n_classes, X, Y, Z), float32 on the CPU, of a preprocessed volume (modalities, X, Y, Z).
 
     A patch of two sizes takes the slices along the last axis one by one, a patch of three the volume. Windows of the
     patch overlap by half under Gaussian weights; axes smaller than it are padded centrally with zeros. `tta` averages
     over all mirrorings of the spatial axes (4 in 2D, 8 in 3D). `batch_size` patches, over slices, windows and
-    mirrorings, go through the model at once, on the device that it is on.
+    mirrorings, go through the model at once, on the device that it is on; with `amp` in bfloat16 where that is safe.
     """
     flat = len(patch_size) == 2
     items = volume.movedim(3, 0) if flat else volume[None]  # (N, modalities, *spatial)
@@ -67,7 +72,7 @@ def predict_volume(
         batch = windows[i : i + per_batch]
         boxes = [(n, slice(None), *(side for side, _ in window)) for n, *window in batch]
         patches = torch.stack([items[box] for box in boxes])
-        outputs = predict_patches(model, patches, mirrorings, batch_size).cpu()
+        outputs = predict_patches(model, patches, mirrorings, batch_size, amp).cpu()
         for box, output, (_, *window) in zip(boxes, outputs, batch, strict=True):
             result[box] += output * reduce(lambda a, b: a[..., None] * b, [weights for _, weights in window])
 
@@ -75,11 +80,14 @@ def predict_volume(
     return result.movedim(0, 3) if flat else result[0]
 
 
-def predict_patches(model: nn.Module, patches: Tensor, mirrorings: list[tuple[int, ...]], batch_size: int) -> Tensor:
+def predict_patches(
+    model: nn.Module, patches: Tensor, mirrorings: list[tuple[int, ...]], batch_size: int, amp: bool = False
+) -> Tensor:
     """Mean over the mirrorings (each the axes that it flips) of the model's output for patches (B, C, *patch)."""
     patches = patches.to(next(model.parameters(), patches).device)
     mirrored = torch.cat([patches.flip(axes) for axes in mirrorings])
-    outputs = torch.cat([model(part)[0].float() for part in mirrored.split(batch_size)])
+    with torch.autocast(patches.device.type, torch.bfloat16, enabled=amp):
+        outputs = torch.cat([model(part)[0].float() for part in mirrored.split(batch_size)])
     outputs = outputs.unflatten(0, (len(mirrorings), -1))  # (mirrorings, B, n_classes, *patch)
     return sum(output.flip(axes) for output, axes in zip(outputs, mirrorings, strict=True)) / len(mirrorings)
 
@@ -92,6 +100,7 @@ def predict_file(
     tta: bool = True,
     batch_size: int = 8,
     probabilities: bool = False,
+    amp: bool = False,
 ) -> Prediction:
     """Labels and, if asked for, probabilities of a NIfTI file, on its very grid.
 
@@ -102,7 +111,7 @@ def predict_file(
     grid = Grid(image.spatial_shape, image.affine)
     volume, affine, padding = preprocess(image, preprocessing)
     del image  # the largest array of all
-    predicted = predict_volume(model, volume, patch_size, tta, batch_size)
+    predicted = predict_volume(model, volume, patch_size, tta, batch_size, amp)
     labels = np.empty(grid.shape, np.uint8, order="F")  # NIfTI's order
     kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
     for slab, part in to_original_grid(predicted, affine, padding, grid):

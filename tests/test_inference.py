@@ -13,6 +13,7 @@ from torch import nn
 
 from lib.data.preprocessing import Preprocessing
 from lib.inference import axis_windows, predict_file, predict_volume, save
+from lib.models import nnUNet
 
 PATCHES = {"2D": (8, 12), "3D": (4, 8, 6)}
 KEEP = Preprocessing(spacing_mm=(None, None, None), clip=None, shift=None, scale=None, min_size=None, zscore=True)
@@ -172,3 +173,13 @@ def test_the_same_prediction_gives_the_same_bytes_and_no_other_file(tmp_path):
         save(predict_file(Pointwise(), tmp_path / "image.nii", KEEP, (8, 8)).labels, tmp_path / name)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz", "image.nii"]
+
+
+def test_amp_is_near_to_float32():
+    torch.manual_seed(0)
+    model = nnUNet(1, 3, 4, 3).eval()
+    model.initialize()
+    volume = torch.randn(1, 20, 24, 3)
+    plain, fast = (predict_volume(model, volume, (16, 16), amp=amp) for amp in (False, True))
+    assert fast.dtype == torch.float32 and not torch.equal(plain, fast)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=0.05)

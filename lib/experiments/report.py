@@ -37,9 +37,9 @@ from lib.utils import find_device, read_config, run_script
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
-NO_FLAGS = ("modalities", "n_classes", "dim")  # settings that are the data set's
+NO_FLAGS = ("data", "modalities", "n_classes", "dim")  # the data set, and settings that are its own
 LINES = ("-", "--", ":")
-WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1}  # ticks of epochs
+WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1, "nbins": 6}  # ticks of epochs
 SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
 HTML = """\
 <!DOCTYPE html>
@@ -127,7 +127,7 @@ def mean_foreground(dice: list[float | None] | None) -> float | None:
 
 def command(config: dict) -> str:
     """The command line that trains with these settings, each of them spelled out."""
-    words = ["python", "train.py"]
+    words = ["python", "train.py", "--data", config["data"]]
     for key, value in config.items():
         if key in (*FACTS, *NO_FLAGS) or value is None or (value is False and key != "nesterov"):
             continue
@@ -283,7 +283,7 @@ def overview(run: Run) -> dict[str, str]:
     finished = epoch >= config["epochs"]
     patch = " x ".join(map(str, config["patch_size"]))
     rows = {
-        "state": f"finished: {epoch} epochs" if finished else f"not finished: epoch {epoch} of {config['epochs']}",
+        "state": f"{'finished' if finished else 'not finished'}: epoch {epoch} of {config['epochs']}",
         "network": f"{config['model']} on {config['data']}, patches of {patch} voxels",
     }
     validated = [(mean_foreground(d), e, d) for e, d in zip(history["epoch"], history["val_dice"], strict=True)]
@@ -335,7 +335,8 @@ def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
         f'<div class="settings">{table(settings)}</div>',
     ]
     title = f"{config['exp_name']} / {config['data']} / {run.folder.resolve().name}"
-    return HTML.format(title=escape(title), body="\n".join(body))
+    html = HTML.format(title=escape(title), body="\n".join(body))
+    return html.encode("ascii", "xmlcharrefreplace").decode()  # readable whatever the encoding of files is here
 
 
 def report(folder: Path, data_path: str | None = None, cache_path: str | None = None, device: str = "auto") -> Path:
@@ -343,7 +344,7 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
 
     Raises InputError if the run has no finished epoch, a file of it is broken, or it cannot be written to.
     """
-    run, lacks, html, names = read_run(folder), [], {}, {"dice": "curves of the Dice", "examples": "examples"}
+    run, lacks, html = read_run(folder), [], {}
     device = find_device(device)
     figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
         "loss": (draw_loss, "Mean over the patches."),
@@ -366,7 +367,7 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
                 with matplotlib.rc_context(STYLE):
                     save_figure(draw(run), path, DPI)
             except (InputError, OSError, RuntimeError) as error:  # the data may be gone, the device full
-                lacks.append(f"There are no {names.get(name, name)}: {error}.")
+                lacks.append(f"Not drawn: {name}, because {error}.")
                 continue
             content = base64.b64encode(path.read_bytes()).decode()
             image = f'<img src="data:image/png;base64,{content}" alt="{name}">'

@@ -1,0 +1,258 @@
+import base64
+import json
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from lib.data import DATASETS
+from lib.error import InputError
+from lib.experiments import report as module
+from lib.experiments.report import command, draw_examples, draw_filters, draw_time, main, read_run, report
+from lib.experiments.report import report_training as report_at_the_end
+from lib.filters import format_filters
+from lib.models import build_model, count_filters, load_model, summary
+from lib.utils import facts, make_config, parseArguments
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CPU = torch.device("cpu")
+SMALL = ["--data", "phantom", "--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
+COUNT_IMAGES = """<script>onload = () => {
+const images = [...document.images]
+document.title = images.filter(i => i.naturalWidth > 0).length + " of " + images.length
+}</script></body>"""
+
+
+def dump_dom(page, folder):
+    """What headless Chromium makes of a page: its DOM, and its messages."""
+    quiet = ["no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-gpu"]
+    ended = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", *(f"--{flag}" for flag in quiet), f"--user-data-dir={folder}/profile"]
+        + ["--virtual-time-budget=3000", "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return ended.stdout, ended.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = ["--data_path", str(folder / "data"), "--cache_path", str(folder / "cache"), "--output", str(folder)]
+    assert train.main([*SMALL, *places, "--epochs", "1", "--device", "cpu"]) == 0
+    return folder / "unnamed" / "phantom" / "1"
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Write the files of a run of 3 epochs, the last one of which halved the first block."""
+
+    def write(pruning=True, validation=True, epochs=3, **settings):
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        given = ["--epochs", "4", "--data_path", str(tmp_path / "gone"), *(["--no_prune"] if not pruning else [])]
+        config = make_config(parseArguments([*SMALL, *given])) | facts() | settings
+        model = build_model(config)
+        rows, size = [count_filters(model)["out"]] * 3, summary(model, (32, 32))
+        if pruning:
+            rows[2] = rows[0] | {"enc_ConvBlock_1": 2}
+        dice = [[0.9, 0.2, None, 0.4], None, [0.9, 0.6, 0.7, 0.8]] if validation else [None] * 3
+        history = {
+            "epoch": [1, 2, 3],
+            "train_loss": [3.0, 2.0, 1.5],
+            "val_loss": [d and 2.5 for d in dice],
+            "val_dice": dice,
+            "seconds": [100.0, 3600.0, 25.0],
+            "parameters": [size["parameters"], size["parameters"], size["parameters"] // 2],
+            "flops": [size["flops"], size["flops"] // 2, size["flops"] // 4],
+            "filters": [92, 92, 90],
+        }
+        if pruning:
+            history["tau"] = [dict.fromkeys(count_filters(model)["out"], 0.1 * epoch) for epoch in range(3)]
+        scores = {"2": {"loss": 2.5, "dice": {"patient001_frame01": [0.9, 0.5, 0.5, 0.5]}}} if validation else {}
+        history = {key: values[:epochs] for key, values in history.items()}
+        for name, content in (("config", config), ("history", history), ("validation_scores", scores)):
+            (run / f"{name}.json").write_text(json.dumps(content))
+        (run / "out_filters").write_text(format_filters(rows[:epochs]))
+        return run
+
+    return write
+
+
+def test_the_page_of_a_training_holds_all_its_figures(trained):
+    page = (trained / "report.html").read_text()
+    names = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="(\w+)">', page)
+    assert names == ["loss", "dice", "size", "time", "filters", "examples"]
+    for name, content in zip(names, re.findall(r"base64,([^\"]+)", page), strict=True):
+        assert base64.b64decode(content) == (trained / "figures" / f"{name}.png").read_bytes()
+    assert len(list((trained / "figures").iterdir())) == 6
+    assert not re.search(r"https?:|<script|<link|url\(", page)
+    assert "<td>finished: epoch 1 of 1</td>" in page
+    assert f"report: {trained / 'report.html'}" in (trained / "log.txt").read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here to open the page (apt-get install chromium)")
+def test_chromium_shows_every_image_and_has_no_complaint(trained, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text((trained / "report.html").read_text().replace("</body>", COUNT_IMAGES))
+    dom, messages = dump_dom(page, tmp_path)
+    assert "<title>6 of 6</title>" in dom
+    assert dom.rstrip().endswith("</html>")
+    assert dom.count("<h2>") == 3
+    assert "CONSOLE" not in messages
+
+
+def test_examples_are_the_best_the_median_and_the_worst_subject(trained):
+    run = read_run(trained)
+    figure = draw_examples(run, None, None, CPU)
+    scores = json.loads((trained / "validation_scores.json").read_text())["1"]["dice"]
+    means = {subject: np.mean(dice[1:]) for subject, dice in scores.items()}
+    ranked = sorted(means, key=means.get, reverse=True)
+    labels = [axis.get_ylabel() for axis in figure.axes[::3]]
+    expected = [("best", ranked[0]), ("median", ranked[2]), ("worst", ranked[5])]
+    for label, (rank, subject) in zip(labels, expected, strict=True):
+        assert label.startswith(f"{rank}: Dice {means[subject]:.3f}\n{subject}\nslice ")
+
+    data = DATASETS["phantom"](run.config["data_path"], run.config["cache_path"], patch_size=(32, 32))
+    volumes = {volume["id"]: volume for volume in data.validation_volumes()}
+    model = load_model(trained / "models" / "model-1")
+    for i, (_, subject) in enumerate(expected):
+        image, label = volumes[subject]["image"], volumes[subject]["label"]
+        k = int(labels[i].split()[-1])
+        assert k == (label > 0).sum((1, 2)).argmax()
+        _, truth, prediction = figure.axes[3 * i : 3 * i + 3]
+        assert np.array_equal(truth.images[1].get_array().filled(0), label[k].T)
+        assert np.array_equal(prediction.images[1].get_array().filled(0), model(image[k : k + 1])[0][0].argmax(0).T)
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(1, ["best"]), (2, ["best", "worst"])])
+def test_few_subjects_are_shown_once(trained, n, ranks):
+    run = read_run(trained)
+    for subject in list(run.scores)[n:]:
+        del run.scores[subject]
+    figure = draw_examples(run, None, None, CPU)
+    assert [axis.get_ylabel().split(":")[0] for axis in figure.axes[::3]] == ranks
+
+
+def test_the_page_says_what_the_run_has_come_to(made_up):
+    page = report(made_up()).read_text()
+    assert "not finished: epoch 3 of 4" in page
+    assert "0.700 on average in epoch 3 (RV cavity 0.600, myocardium 0.700, LV cavity 0.800)" in page
+    assert "92 &#8594; 90 (97.8%)" in page
+    assert "1:02:05 h" in page
+    assert "Not drawn: examples, because the data are not in" in page
+
+
+@pytest.mark.parametrize(("pruning", "validation", "epochs"), [(1, 0, 3), (0, 1, 3), (0, 0, 1)])
+def test_any_run_with_an_epoch_is_shown(made_up, pruning, validation, epochs):
+    folder = made_up(pruning, validation, epochs)
+    page = report(folder).read_text()
+    drawn = {path.stem for path in (folder / "figures").iterdir()}
+    assert drawn == {"loss", "size", "time", "filters"} | ({"dice"} if validation else set())
+    assert ("Not drawn: dice, because no epoch was validated." in page) == (not validation)
+    assert len(draw_filters(read_run(folder)).axes) == (4 if pruning else 2)  # the colour bars are axes, too
+
+
+def test_filters_are_in_percent_of_the_unpruned_blocks_in_the_order_of_the_forward_pass(made_up):
+    axis, thresholds = draw_filters(read_run(made_up())).axes[:2]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names[:2] == ["enc_ConvBlock_1", "enc_ConvBlock_2"]
+    assert names[6:9] == ["dec_ConvTranspose2d_1", "dec_ConvBlock_1", "dec_ConvBlock_2"]
+    assert len(names) == 12
+    assert axis.images[0].get_array()[:2].tolist() == [[100, 100, 50], [100, 100, 100]]
+    assert thresholds.images[0].get_array()[0].tolist() == pytest.approx([0, 0.1, 0.2])
+    assert [text.get_text() for text in axis.texts[:2]] == ["2 of 4", "4 of 4"]
+
+
+def test_the_time_of_an_epoch_belongs_to_the_network_that_it_trained(made_up):
+    run = read_run(made_up())
+    validated, others = draw_time(run).axes[0].collections
+    first, second, _ = np.array(run.history["flops"]) / 1e6
+    assert validated.get_offsets().tolist() == [[first, 100], [second, 25]]
+    assert others.get_offsets().tolist() == [[first, 3600]]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--data", "acdc"],
+        ["--data", "kits", "--model", "nnunet", "--patch_size", "32", "64", "64", "--nesterov", "False"],
+        ["--data", "phantom", "--lambda", "0", "--no_prune", "--save_fms", "--data_path", "my data/$HOME; 'x'"],
+        ["--data", "phantom", "--lr", "1e-05", "--seed_train", "7", "--prune_between", "10%", "62.5%"],
+    ],
+)
+def test_the_command_repeats_the_settings(argv):
+    config = make_config(parseArguments(argv))
+    words = shlex.split(command(config | facts()))
+    assert words[:2] == ["python", "train.py"]
+    assert make_config(parseArguments(words[2:])) == config
+
+
+def test_texts_from_files_are_escaped(made_up):
+    bad = "<script>alert('$x^2')</script>&"
+    again = [{"after_epoch": 2, "command": bad}]
+    page = report(made_up(exp_name=bad, command=bad, machine=bad, continued=again, versions={bad: bad})).read_text()
+    assert "<script" not in page
+    assert "<title>&lt;script&gt;alert(&#x27;$x^2&#x27;)&lt;/script&gt;&amp; / phantom / run</title>" in page
+    assert "after epoch 2" in re.sub("<.*?>", "", page)
+
+
+def test_a_second_report_replaces_the_first(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    shutil.rmtree(run / "models")
+    assert main([str(run), "--device", "cpu"]) == 0
+    assert "Not drawn: examples, because " in (run / "report.html").read_text()
+    gone = [path for path in before if not path.exists()]
+    assert [path.name for path in gone if "models" not in path.parts] == ["examples.png"]
+    assert set(run.rglob("*")) < set(before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, "is no run folder"),
+        ("history.json", None, "has no finished epoch"),
+        ("history.json", '{"epoch": []}', "history.json: is broken"),
+        ("history.json", "{", "history.json: is broken"),
+        ("out_filters", "a\tb\n1\t2\n", "out_filters: is broken"),
+        ("validation_scores.json", '{"2": {}}', "validation_scores.json: is broken"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(made_up, capsys, file, content, message):
+    run = made_up()
+    (run / file).unlink() if content is None else (run / file).write_text(content)
+    before = sorted(run.rglob("*"))
+    assert main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(run.rglob("*")) == before
+
+
+def test_no_report_fails_a_training(monkeypatch, tmp_path):
+    lines = []
+    report_at_the_end(tmp_path, CPU, lines.append)  # no run at all
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(module, "report", fail)
+    report_at_the_end(tmp_path, CPU, lines.append)
+    assert lines[0].startswith(f"no report: InputError: {tmp_path}: is no run folder")
+    assert lines[1:] == ["no report: ZeroDivisionError: two lines"]
+
+
+def test_a_folder_that_cannot_be_written_to(made_up):
+    run = made_up()
+    (run / "figures").write_text("a file is in the way")
+    with pytest.raises(InputError, match="figures: cannot be"):
+        report(run)
