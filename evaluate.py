@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Compare predictions with the ground truth: python evaluate.py --data acdc --pred out/predictions"""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -12,24 +11,24 @@ from lib.metric import TOLERANCE_MM
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
+    """Evaluate as `argv` says; returns the exit code of `run_script`."""
     # Imported here because the worker processes import this file too, and what they do needs no torch.
     from lib.checkpoint import write_json
     from lib.data import DATASETS
-    from lib.utils import number, run_script
+    from lib.utils import Parser, number, one_of, run_script
 
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser = Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
-    add("--data", required=True, choices=sorted(DATASETS), help="the data set whose classes these are (required)")
+    add("--data", required=True, **one_of(DATASETS), help="the data set whose classes these are (required)")
     add("--pred", required=True, type=Path, help="folder of the predictions, <id>.nii.gz (required)")
     add("--gt", type=Path, help="folder of the ground truth, as the data set's or flat (default: the data set's own)")
     add("--output", type=Path, default=Path("results.json"), help="the JSON file to write (default: results.json)")
-    add("--tolerance", type=number(float, 0), default=TOLERANCE_MM, help="of the surface Dice, mm (default: 1.64)")
-    add("--num_workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: one per CPU core)")
+    add("--tolerance", type=number(float, 0, 1e6), default=TOLERANCE_MM, help="of the surface Dice, mm (default: 1.64)")
+    add("--num_workers", type=number(int, 1, 1024), default=os.cpu_count(), help="processes (default: one per core)")
     add("--overwrite", action="store_true", help="replace an existing --output (default: refuse)")
-    args = parser.parse_args(argv)
 
     def run() -> None:
+        args = parser.parse_args(argv)
         if args.output.exists() and not args.overwrite:
             raise InputError(f"--output {args.output}: exists already; give --overwrite or another --output")
         dataset = DATASETS[args.data]

@@ -1,12 +1,13 @@
 """Predict labels with a trained model: one <id>.nii.gz per image, on the very grid of the original."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.checkpoint import write_json
+from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.inference import predict_file, save
@@ -21,13 +22,14 @@ from lib.prediction import (
     outputs_of,
     partition_images,
 )
-from lib.utils import find_device, number, read_config, run_script
+from lib.stop import check_stopped
+from lib.utils import Parser, find_device, number, one_of, read_config, run_script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
+    parser = Parser(prog="predict.py", description=__doc__)
     add = parser.add_argument
-    add("--data", required=True, choices=sorted(DATASETS), help="the data set whose preprocessing is used (required)")
+    add("--data", required=True, **one_of(DATASETS), help="the data set whose preprocessing is used (required)")
     add("--output", required=True, type=Path, help="folder of the predictions (required)")
     add("--model_state", required=True, type=Path, help="a saved model, RUN/models/model-E (required)")
     add("--original", type=Path, help="folder of the data set (default: the data set's own folder)")
@@ -39,10 +41,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="an image, a folder of *.nii.gz and *.nii, or one laid out as the data set, to predict all of it instead "
         "of a partition; --original and --partition then have no meaning (default: none)",
     )
-    add("--partition", choices=("train", "validation", "test"), default="test", help="what to predict (default: test)")
+    add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
-    add("--batch_size", type=number(int, 1), help="patches computed at once (default: 8 in 2D, 4 on the CPU; 2 in 3D)")
+    batch_help = "patches computed at once (default: 8 in 2D, 4 on the CPU; 2 in 3D)"
+    add("--batch_size", type=number(int, 1, 10**6), help=batch_help)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe (default: float32 throughout)")
     add("--probabilities", action="store_true", help="also write <id>_probabilities.nii.gz (default: labels only)")
     add(
@@ -52,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--patch_size",
-        type=number(int, 1),
+        type=number(int, 1, 2**14),
         nargs="+",
         metavar="N",
         help="size of a window, 2 or 3 numbers (default: that of the training, from RUN/config.json; without this "
@@ -84,10 +87,27 @@ def find_images(args: argparse.Namespace, config: dict) -> dict[str, Path]:
     return challenge_names(images, dataset) if args.challenge_names else images
 
 
+def check_output(folder: Path) -> None:
+    """Raise InputError unless `folder` can be made, or written to."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output {folder}: cannot be made or written ({there} is no folder, or read-only)")
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder of the predictions, or clear it of what a killed process left. Raises InputError if neither."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be made a folder ({error.strerror})") from error
+
+
 def predict(args: argparse.Namespace) -> None:
     config = run_config(args.model_state)
     dataset = DATASETS[args.data]
     patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
+    check_output(args.output)
     device = find_device(args.device)
     model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
@@ -97,15 +117,15 @@ def predict(args: argparse.Namespace) -> None:
         check_same_model(args.output, args.model_state)
     batch_size = args.batch_size or (2 if model.dim == "3D" else 4 if device.type == "cpu" else 8)
 
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {args.output}: cannot be made a folder ({error.strerror})") from error
-    write_json(args.output / "model.json", describe(model, args.model_state, dataset, patch_size, config))
-    for subject, path in tqdm(images.items(), desc="predict", unit="image"):
+    description = describe(model, args.model_state, dataset, patch_size, config)
+    for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
+        check_stopped()
         prediction = predict_file(
             model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities, args.amp
         )
+        if i == 0:  # a first image that is bad leaves nothing behind
+            make_output(args.output)
+            write_json(args.output / "model.json", description)
         *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
             save(prediction.probabilities, output)
@@ -113,8 +133,8 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    return run_script(lambda: predict(parse_arguments(argv)))
+    """Predict as `argv` says; returns the exit code of `run_script`."""
+    return run_script(lambda: predict(parse_arguments(argv)), "what is written is whole; go on with --skip_existing")
 
 
 if __name__ == "__main__":

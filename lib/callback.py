@@ -1,6 +1,7 @@
 """What happens at the end of an epoch. Every callback takes the training's state; their order is that of the list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -109,7 +110,25 @@ def _end_epoch_save_filters(state: TrainingState) -> None:
     checkpoint.save_filters(state)
 
 
+@contextmanager
+def tensorboard(folder: Path, epoch: int) -> Iterator[SummaryWriter]:
+    """A writer that continues after `epoch`. Every epoch's end flushes it, so nothing is lost where closing fails."""
+    writer = SummaryWriter(folder, purge_step=epoch + 1)
+    try:
+        yield writer
+    finally:
+        with suppress(OSError):
+            writer.close()
+
+
 def _end_epoch_tensorboard(state: TrainingState, writer: SummaryWriter, class_names: tuple[str, ...]) -> None:
+    try:
+        _write_scalars(state, writer, class_names)
+    except OSError as error:
+        raise InputError(f"{state.folder}: the events cannot be written ({error.strerror or error})") from error
+
+
+def _write_scalars(state: TrainingState, writer: SummaryWriter, class_names: tuple[str, ...]) -> None:
     row = state.rows[-1]
     for key in ("train_loss", "val_loss", "lr", "seconds", "parameters", "flops", "filters"):
         if row[key] is not None:

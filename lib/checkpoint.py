@@ -1,21 +1,26 @@
 """One place that writes and reads a run's state. Every file is written to a temporary name and then renamed."""
 
+import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 
+from lib import checksum
 from lib.error import InputError
 from lib.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
 
-STATE = re.compile(r"state-(\d+)")
+STATE_KEYS = {"epoch", "optimizer", "rows", "validation", "thresholds", "best_dice", "rng", "rng_cuda"}
+SAVED = re.compile(r"(?:model|state)-(\d+)")
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 @dataclass
@@ -54,15 +59,39 @@ def new_run_folder(config: dict) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a temporary file beside `path`, make it durable, and rename it: whole or not there at all."""
+    """Have `write` make a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
+
+    Raises InputError, which names the path and the reason, if that fails.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that killed processes have left."""
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not _is_running(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no process id
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,14 +102,37 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def save_model(path: Path, model: nnUNet) -> None:
+def save_checked(folder: Path, contents: dict[str, object], obsolete: Iterable[Path] = ()) -> None:
+    """torch.save `contents` by file name, with their checksums, then delete what is `obsolete`.
+
+    While a file is replaced both its sums are listed: at every instant it has one of them.
+    """
+    files = {}
+    for name, content in contents.items():
+        torch.save(content, buffer := io.BytesIO())
+        files[name] = buffer.getvalue()
+    sums, new = checksum.read_sums(folder), {name: [checksum.digest(data)] for name, data in files.items()}
+    both = sums | {name: sums.get(name, []) + new[name] for name in new}
+    write_text(folder / checksum.SUMS, checksum.format_sums(both))
+    for name, data in files.items():
+        write_atomically(folder / name, partial(Path.write_bytes, data=data))
+    for path in obsolete:
+        path.unlink()
+    present = {name: sums for name, sums in (both | new).items() if (folder / name).exists()}
+    write_text(folder / checksum.SUMS, checksum.format_sums(present))
+
+
+def state_dict(model: nnUNet) -> dict[str, torch.Tensor]:
     """A plain state_dict on the CPU, as the published repository writes it."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+
+
+def save_model(path: Path, model: nnUNet) -> None:
+    save_checked(path.parent, {path.name: state_dict(model)})
 
 
 def save(state: TrainingState) -> None:
-    """Write models/model-E and models/state-E, then delete those of earlier epochs: the newest pair is always whole."""
+    """Write models/model-E and models/state-E; of the others only the newest earlier pair stays."""
     models = state.folder / "models"
     content = {
         "epoch": state.epoch,
@@ -92,38 +144,65 @@ def save(state: TrainingState) -> None:
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    save_model(models / f"model-{state.epoch}", state.model)
-    write_atomically(models / f"state-{state.epoch}", lambda temporary: torch.save(content, temporary))
-    for path in models.iterdir():
-        match = re.fullmatch(r"(?:model|state)-(\d+)", path.name)
-        if match and int(match[1]) != state.epoch:
-            path.unlink()
+    previous = max((epoch for epoch in saved_epochs(state.folder) if epoch < state.epoch), default=None)
+    numbered = {path: int(m[1]) for path in models.iterdir() if (m := SAVED.fullmatch(path.name))}
+    save_checked(
+        models,
+        {f"model-{state.epoch}": state_dict(state.model), f"state-{state.epoch}": content},
+        obsolete=[path for path, epoch in numbered.items() if epoch not in (state.epoch, previous)],
+    )
 
 
-def newest_epoch(folder: Path) -> int:
-    """The newest epoch that a run can continue after. Raises InputError if the folder holds none."""
+def saved_epochs(folder: Path) -> list[int]:
+    """The epochs of which a run folder has both the model and the state, oldest first."""
     models = folder / "models"
-    found = [int(m[1]) for m in map(STATE.fullmatch, os.listdir(models)) if m] if models.is_dir() else []
-    epochs = [epoch for epoch in found if (models / f"model-{epoch}").exists()]
-    if not epochs:
-        raise InputError(f"{folder}: no finished epoch to continue after (no models/state-E); name a run folder")
-    return max(epochs)
+    names = set(os.listdir(models)) if models.is_dir() else set()
+    epochs = {int(match[1]) for match in map(SAVED.fullmatch, names) if match}
+    return sorted(epoch for epoch in epochs if {f"model-{epoch}", f"state-{epoch}"} <= names)
+
+
+def newest_epoch(folder: Path) -> int | None:
+    """The newest saved epoch whose two files are as they were written; None if there is none (so far).
+
+    Raises InputError if all that is there is damaged.
+    """
+    epochs = saved_epochs(folder)
+    for epoch in reversed(epochs):
+        if all(checksum.is_good(folder / "models" / f"{kind}-{epoch}") for kind in ("model", "state")):
+            return epoch
+    if epochs:
+        raise InputError(f"{folder}: model or state of epoch {epochs[-1]} is damaged, and there is no other")
+    return None
 
 
 def read_training(path: Path) -> dict:
     """Read models/state-E. Raises InputError if it is none."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or "optimizer" not in content:
-            raise ValueError("not the state of a training")
+        data = checksum.read_checked(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a run folder that has it") from error
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        missing = STATE_KEYS - set(content)
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
     except Exception as error:  # torch.load raises nearly anything on a broken file
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}); the run cannot continue from it") from error
+        raise InputError(f"{path}: is no state of a training ({type(error).__name__}); give another run") from error
     return content
 
 
 def restore(state: TrainingState, content: dict) -> None:
-    """Put what `save` wrote back into a state whose model has the saved widths; random states included."""
-    state.optimizer.load_state_dict(content["optimizer"])
+    """Put what `save` wrote back into a state whose model has the saved widths; random states included.
+
+    Raises InputError if the optimizer's state is not that of this model.
+    """
+    try:
+        state.optimizer.load_state_dict(content["optimizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"state-{content['epoch']}: is not of this model; give those of one epoch") from error
+    for parameter, values in state.optimizer.state.items():
+        if any(value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)):
+            raise InputError(f"state-{content['epoch']}: does not fit the widths of the model; give those of one epoch")
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
     state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
     state.best_dice = content["best_dice"]

@@ -6,28 +6,24 @@ Neither this module nor what it imports needs torch, so that worker processes st
 import json
 import math
 import re
-import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
-from nibabel.filebasedimages import ImageFileError, SerializableImage
-from nibabel.spatialimages import HeaderDataError
+from isal import igzip
+from nibabel.filebasedimages import SerializableImage
 from tqdm import tqdm
 
 from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
+from lib.stop import check_stopped
+from lib.workers import worker_pool
 
 SUFFIX = ".nii.gz"
 PROBABILITIES = f"_probabilities{SUFFIX}"
-UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error, isal_zlib.error)
 FOLDERS = ("training", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep their subjects
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
@@ -99,8 +95,9 @@ def read_labels(
     try:
         image = nib.load(path)
         labels = _read_voxels(path, image)
-    except UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read as a NIfTI image ({' '.join(str(error).split())})") from error
+    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
     while labels.ndim > 3 and labels.shape[-1] == 1:
         labels = labels[..., 0]
     spacing_mm = tuple(float(size) for size in image.header.get_zooms()[:3])
@@ -178,11 +175,8 @@ def evaluate(pairs, rules: Rules, num_workers: int = 1) -> dict[str, dict]:
     if num_workers == 1:
         subjects = _with_progress(map(evaluate_pair, *arguments), len(pairs))
     else:
-        try:
-            with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
-                subjects = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
-        except BrokenProcessPool as error:
-            raise InputError(f"--num_workers {num_workers}: a process died (out of memory?); try fewer") from error
+        with worker_pool(num_workers, method="spawn") as pool:
+            subjects = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
     average, n = _mean(subjects), _count(subjects)
     return {**dict(zip(pairs, subjects, strict=True)), "average": average, "n": n}
 
@@ -207,7 +201,11 @@ def _reduced(values, reduce):
 
 
 def _with_progress(results, total: int) -> list:
-    return list(tqdm(results, total=total, desc="evaluate", unit="subject"))
+    done = []
+    for result in tqdm(results, total=total, desc="evaluate", unit="subject"):
+        check_stopped()
+        done.append(result)
+    return done
 
 
 def read_model_summary(folder: Path) -> dict | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib.checkpoint import write_atomically
 from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
+from lib.stop import check_stopped
 
 
 class Prediction(NamedTuple):
@@ -67,6 +68,7 @@ def predict_volume(
     windows = list(itertools.product(range(len(items)), *sides))
     per_batch = max(1, batch_size // len(mirrorings))
     for i in range(0, len(windows), per_batch):
+        check_stopped()
         batch = windows[i : i + per_batch]
         boxes = [(n, slice(None), *(side for side, _ in window)) for n, *window in batch]
         patches = torch.stack([items[box] for box in boxes])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lib.error import InputError
+
 
 class Log:
     """Call it with a line of text. Progress bars on the screen stay whole; lines in the file carry the time."""
@@ -15,5 +17,8 @@ class Log:
     def __call__(self, text: str) -> None:
         tqdm.write(text)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        with open(self.path, "a") as file:
-            file.writelines(f"{now} {line}\n" for line in text.splitlines())
+        try:
+            with open(self.path, "a") as file:
+                file.writelines(f"{now} {line}\n" for line in text.splitlines())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error

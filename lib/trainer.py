@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lib.checkpoint import TrainingState
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
 from lib.models.Sauron import Measured
+from lib.stop import check_stopped
 
 
 def poly_lr(lr: float, epoch: int, epochs: int) -> float:
@@ -83,18 +85,24 @@ def train_epoch(
             loss, measured = compute_loss(state.model, criterion, images, labels, prune and i == n_batches - 1, amp)
             if not torch.isfinite(loss):
                 subjects = ", ".join(sorted(set(batch["id"])))
-                raise InputError(
-                    f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}; the model of epoch "
-                    f"{epoch - 1} is kept in {state.folder}: look at these images, or try a smaller --lr"
-                )
+                _stop(state, f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}")
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             state.optimizer.step()
             total += loss.item()
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
+            check_stopped()
+    if not all(torch.isfinite(parameter).all() for parameter in state.model.parameters()):
+        _stop(state, f"the last step of epoch {epoch} left weights that are not finite")
     state.delta_prune = measured.delta_prune
     return total / n_batches
+
+
+def _stop(state: TrainingState, what: str) -> NoReturn:
+    """Raise the InputError that says what is not finite, and what is kept."""
+    kept = f"the model of epoch {state.epoch} is kept in {state.folder}" if state.rows else "no epoch was finished"
+    raise InputError(f"{what}; {kept}: look at the images, or try a smaller --lr")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -134,7 +142,10 @@ def validate(
             volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
         ):
             images, labels = to_device(images, device), to_device(labels, device)
+            check_stopped()
             loss, measured = compute_loss(model, criterion, images, labels, amp=amp)
+            if not torch.isfinite(loss):
+                raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
             total += loss.item() * len(images)
             n_patches += len(images)
             counts += overlap(measured.outputs[0].argmax(1), labels, data.n_classes).cpu()

@@ -1,16 +1,19 @@
 """What the scripts share: arguments and their checks, the device, and the facts that make a run repeatable."""
 
 import argparse
+import difflib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -19,6 +22,7 @@ from lib.distance import DISTANCES, IMPORTANCES
 from lib.error import InputError
 from lib.loss import LOSSES
 from lib.models import MODELS
+from lib.stop import Stopped, stoppable
 
 # Settings that a run may change when it is continued; all others stay what they were.
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
@@ -26,14 +30,60 @@ CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
 STARTING = {"epoch_start", "model_state", "history", "resume"}
 
 
-def run_script(main: Callable[[], None]) -> int:
-    """Run a script's work and return its exit code: 2 after one line on the screen where the input was bad."""
-    try:
-        main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+class Parser(argparse.ArgumentParser):
+    """Raises InputError, which `run_script` prints, and suggests the nearest flag for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]}: unknown argument{nearest(unknown[0], self._option_string_actions)}; see --help")
+        return parsed
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The suggestion of the known name that is most like `name`, to be put behind it; empty if none is."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def one_of(names: Iterable[str]) -> dict:
+    """The keywords of an argparse argument that takes one of `names`."""
+    names = sorted(names)
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} Known: {', '.join(names)}")
+        return text
+
+    return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
+
+
+def run_script(main: Callable[[], None], after_stop: str = "") -> int:
+    """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
+    file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
+    on)."""
+    name = Path(sys.argv[0]).name
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # we say ourselves what a broken header has
+    with stoppable():
+        try:
+            main()
+            return 0
+        except Stopped as error:
+            print(f"{name}: {error}{after_stop and '; '}{after_stop}", file=sys.stderr)
+            return 128 + error.number
+        except InputError as error:
+            line = str(error)
+        except OSError as error:
+            line = f"{error.filename or 'a file'}: {error.strerror or error}; mend this and start again"
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
+                raise
+            line = "not enough memory; try a smaller --batch_size or --patch_size"
+    print(f"{name}: error: {line}", file=sys.stderr)
+    return 2
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
@@ -90,13 +140,24 @@ def defaults_text(key: str) -> str:
 
 
 def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of train.py. A flag that was not given is None: `make_config` fills it in."""
-    parser = argparse.ArgumentParser(
+    """The arguments of train.py. A flag that was not given is None: `make_config` fills it in.
+
+    Raises InputError for a wrong one.
+    """
+    args = _parser().parse_args(argv)
+    if args.data is None and args.resume is None:
+        raise InputError("--data is needed: one of " + ", ".join(sorted(DATASETS)))
+    return args
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="train.py",
         description="Train a Sauron (or nnUNet) segmentation network, pruning its filters on the way.",
         epilog="Defaults that a data set chooses are listed with its name.",
     )
-    positive, fraction = number(int, 1), number(float, 0, 1)
+    positive, maps, seed = number(int, 1, 10**6), number(int, 1, 480), number(int, 0, 2**63 - 1)
+    fraction = number(float, 0, 1)
 
     def add(group: argparse._ArgumentGroup, flag: str, text: str, default: str | None = None, **kwargs) -> None:
         key = kwargs.get("dest", flag.lstrip("-"))
@@ -107,25 +168,25 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     names = sorted(DATASETS)
     data.add_argument(
-        "--data", required=False, choices=names, help=f"data set: {', '.join(names)} (needed, but with --resume)"
+        "--data", required=False, **one_of(names), help=f"data set: {', '.join(names)} (needed, but with --resume)"
     )
     add(data, "--data_path", "folder of the data set", "$SAURON_DATA/<data>, else data/<data>")
     add(data, "--cache_path", "folder for preprocessed volumes", "data/preprocessed")
     add(data, "--split", "training:validation shares of what is no test set, such as 0.9:0.1 or 1:0")
-    add(data, "--seed_data", "seed of the split", type=number(int, 0))
+    add(data, "--seed_data", "seed of the split", type=seed)
     add(
         data,
         "--num_workers",
         "processes that load data, 0 for none; results do not depend on it",
         "cores - 1, at most 4",
-        type=number(int, 0),
+        type=number(int, 0, 256),
     )
 
     run = parser.add_argument_group("run")
     add(run, "--exp_name", "name of the experiment", "unnamed")
     add(run, "--output", "folder of the runs", "runs")
     add(run, "--device", "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one", "auto")
-    add(run, "--seed_train", "seed of weights, augmentation and pruning", type=number(int, 0))
+    add(run, "--seed_train", "seed of weights, augmentation and pruning", type=seed)
 
     run.add_argument(
         "--save_fms",
@@ -149,15 +210,20 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         "sauron or nnunet; nnunet measures no distances and is never pruned",
         "sauron",
-        choices=sorted(MODELS),
+        **one_of(MODELS),
     )
-    add(network, "--fms_init", "filters of the first level; each level doubles them, up to 480", type=positive)
+    add(
+        network,
+        "--fms_init",
+        "filters of the first level; each level doubles them, up to 480",
+        type=maps,
+    )
     add(network, "--levels", "levels of the network, at least 3", type=number(int, 3, 12))
     add(
         network,
         "--patch_size",
         "size of the training patch in voxels, a multiple of 2^(levels - 1)",
-        type=positive,
+        type=number(int, 1, 2**14),
         nargs="+",
     )
     add(
@@ -174,12 +240,12 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--loss",
         "loss function",
         "DS_CrossEntropyDiceLoss_Distance; for nnunet or --lambda 0 DS_CrossEntropyDiceLoss",
-        choices=sorted(LOSSES),
+        **one_of(LOSSES),
     )
     add(training, "--epochs", "number of epochs", type=positive)
     add(training, "--batch_size", "patches per step", type=positive)
     add(training, "--val_interval", "validate every so many epochs", type=positive)
-    add(training, "--optim", "optimizer", choices=["adam", "sgd"])
+    add(training, "--optim", "optimizer", **one_of(["adam", "sgd"]))
     add(
         training,
         "--lr",
@@ -199,13 +265,13 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=number(float, 0, 1e6),
         metavar="LAMBDA",
     )
-    add(pruning, "--dist_fun", "delta_opt, the distance in the loss", "euc_norm", choices=sorted(DISTANCES))
+    add(pruning, "--dist_fun", "delta_opt, the distance in the loss", "euc_norm", **one_of(DISTANCES))
     add(
         pruning,
         "--imp_fun",
         "delta_prune, the distance that is compared with the thresholds",
         "euc_rand",
-        choices=sorted(IMPORTANCES),
+        **one_of(IMPORTANCES),
     )
     pruning.add_argument(
         "--no_prune",
@@ -235,7 +301,7 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
         "none",
         metavar="RUN",
     )
-    add(start, "--epoch_start", "continue after this epoch", "0", type=number(int, 0))
+    add(start, "--epoch_start", "continue after this epoch", "0", type=number(int, 0, 10**6))
     add(start, "--model_state", "saved model (models/model-E) to start from", "none")
     add(
         start,
@@ -244,10 +310,7 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
         "none",
         metavar="RUN",
     )
-    args = parser.parse_args(argv)
-    if args.data is None and args.resume is None:
-        parser.error("--data is needed: one of " + ", ".join(names))
-    return args
+    return parser
 
 
 def make_config(args: argparse.Namespace) -> dict:
@@ -293,6 +356,8 @@ def make_config(args: argparse.Namespace) -> dict:
 
 def check_config(config: dict) -> None:
     """Raise InputError where settings do not fit one another."""
+    if Path(config["exp_name"]).name != config["exp_name"] or config["exp_name"] in ("", ".."):
+        raise InputError(f"--exp_name {config['exp_name']}: must be the name of one folder; say where with --output")
     first, last = config["prune_between"]
     if share_of(first) >= share_of(last):
         raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
@@ -334,16 +399,44 @@ def continued_config(args: argparse.Namespace, saved: dict, run: Path) -> dict:
 
 
 def read_config(run: Path) -> dict:
-    """config.json of a run folder. Raises InputError if it has none."""
+    """config.json of a run folder; settings that it lacks have their defaults.
+
+    Raises InputError if there is none, or a setting is not what its flag would accept.
+    """
     try:
         config = json.loads((run / "config.json").read_text())
-        if not isinstance(config, dict) or config.get("data") not in DATASETS:
+        if not isinstance(config, dict) or not isinstance(config.get("data"), str):
             raise ValueError("not the settings of a training")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"
         ) from error
-    return config
+    try:
+        settings = make_config(parseArguments(_flags(config)))
+        for key, value in settings.items():
+            if key in config and config[key] != value:
+                raise InputError(f"{key} is {config[key]!r}")
+    except InputError as error:
+        raise InputError(f"{run / 'config.json'}: is damaged ({error}); name another run") from error
+    return config | settings
+
+
+def _flags(config: dict) -> list[str]:
+    """The command line that gives the settings of a config.json."""
+    argv = ["--data", config["data"]]
+    for action in _parser()._actions:
+        key, value = action.dest, config.get(action.dest)
+        if value is None or value is False or key in ("data", "help", "resume", "history"):
+            argv += [f"{action.option_strings[0]}=False"] * (value is False and action.nargs != 0)
+        elif action.nargs == 0:
+            argv.append(action.option_strings[0])
+        elif isinstance(value, list):
+            argv += [action.option_strings[0], *map(str, value)]
+        else:
+            argv.append(f"{action.option_strings[0]}={value}")
+    if any("\0" in part for part in argv):
+        raise InputError("a setting holds a null character")
+    return argv
 
 
 def find_device(name: str) -> torch.device:

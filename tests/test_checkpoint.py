@@ -1,4 +1,7 @@
+import hashlib
 import json
+import os
+import subprocess
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.error import InputError
 from lib.models import Sauron
+from lib.models.BaseModel import read_state
 from lib.pruning import Threshold
 
 
@@ -35,14 +39,73 @@ def test_round_trip_of_everything(tmp_path):
         assert state.optimizer.state[a]["exp_avg"].equal(other.optimizer.state[b]["exp_avg"])
 
 
-def test_only_the_newest_pair_and_the_best_model_stay(tmp_path):
-    state = make_state(tmp_path)
+def test_the_two_newest_pairs_and_the_best_model_stay(tmp_path):
+    state, models = make_state(tmp_path), tmp_path / "models"
     checkpoint.save(state)
-    checkpoint.save_model(tmp_path / "models" / "model-best", state.model)
-    state.epoch = 4
-    checkpoint.save(state)
-    assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["model-4", "model-best", "state-4"]
+    checkpoint.save_model(models / "model-best", state.model)
+    for state.epoch in (4, 5):
+        checkpoint.save(state)
+    files = ["model-4", "model-5", "model-best", "state-4", "state-5"]
+    assert sorted(p.name for p in models.iterdir()) == ["SHA256SUMS", *files]
+    assert checkpoint.newest_epoch(tmp_path) == 5
+    lines = [f"{hashlib.sha256((models / name).read_bytes()).hexdigest()}  {name}" for name in files]
+    assert (models / "SHA256SUMS").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("damaged", ["model-5", "state-5"])
+@pytest.mark.parametrize("kind", ["cut", "one flipped bit", "empty"])
+def test_a_damaged_file_is_refused_and_the_newest_good_one_named(tmp_path, damaged, kind):
+    state, models = make_state(tmp_path), tmp_path / "models"
+    for state.epoch in (4, 5):
+        checkpoint.save(state)
+    path = models / damaged
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "one flipped bit": data}[kind])
+    read = read_state if damaged == "model-5" else checkpoint.read_training
+    with pytest.raises(InputError, match=f"{damaged}: is damaged.*newest good one is .*{damaged[:5]}-4$"):
+        read(path)
     assert checkpoint.newest_epoch(tmp_path) == 4
+    for path in models.glob("model-*"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="epoch 5 is damaged, and there is no other"):
+        checkpoint.newest_epoch(tmp_path)
+
+
+def test_a_file_from_elsewhere_needs_no_checksum(tmp_path):
+    state, models = make_state(tmp_path), tmp_path / "models"
+    torch.save(checkpoint.state_dict(state.model), models / "model-9")
+    assert list(read_state(models / "model-9")) == list(state.model.state_dict())
+
+
+def test_while_a_file_is_replaced_both_the_old_and_the_new_one_are_good(tmp_path, monkeypatch):
+    state, best = make_state(tmp_path), tmp_path / "models" / "model-best"
+    checkpoint.save_model(best, state.model)
+    state.model.initialize()
+
+    def die(path, write):
+        if path.name == "model-best":
+            raise KeyboardInterrupt
+        write_atomically(path, write)
+
+    write_atomically = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_model(best, state.model)
+    read_state(best)
+    monkeypatch.undo()
+    checkpoint.save_model(best, state.model)
+    read_state(best)
+    assert len((tmp_path / "models" / "SHA256SUMS").read_text().splitlines()) == 1
+
+
+def test_what_killed_processes_left_is_swept_away(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in (f".a.{ended.pid}.tmp", f".b.{os.getpid()}.tmp", ".tmp", "c.1.tmp"):
+        (tmp_path / name).write_text("")
+    checkpoint.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f".b.{os.getpid()}.tmp", ".tmp", "c.1.tmp"])
 
 
 def test_a_model_without_its_state_does_not_count(tmp_path):
@@ -50,8 +113,7 @@ def test_a_model_without_its_state_does_not_count(tmp_path):
     checkpoint.save(state)
     checkpoint.save_model(tmp_path / "models" / "model-4", state.model)  # stopped between the two files
     assert checkpoint.newest_epoch(tmp_path) == 3
-    with pytest.raises(InputError, match="no finished epoch"):
-        checkpoint.newest_epoch(tmp_path / "nowhere")
+    assert checkpoint.newest_epoch(tmp_path / "nowhere") is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -62,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="file: cannot be written .disk full"):
         checkpoint.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -74,6 +136,16 @@ def test_broken_state_files_are_refused(tmp_path):
     for name in ("state-1", "state-2", "state-3"):
         with pytest.raises(InputError, match=name):
             checkpoint.read_training(tmp_path / name)
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    state = make_state(tmp_path)
+    checkpoint.save(state)
+    content = checkpoint.read_training(tmp_path / "models" / "state-3")
+    other = Sauron(1, 2, 3, 3)
+    for optimizer in (torch.optim.Adam(other.parameters()), torch.optim.Adam(list(other.parameters())[:3])):
+        with pytest.raises(InputError, match="state-3: .* give those of one epoch"):
+            checkpoint.restore(TrainingState(other, optimizer, tmp_path, print), content)
 
 
 def test_history_and_filter_files(tmp_path):

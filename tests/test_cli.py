@@ -62,7 +62,9 @@ def weights(run, epoch):
 
 
 def test_a_run_leaves_everything(pruned):
-    assert sorted(p.name for p in (pruned / "models").iterdir()) == ["model-4", "model-best", "state-4"]
+    assert sorted(p.name for p in (pruned / "models").iterdir()) == [
+        *("SHA256SUMS", "model-3", "model-4", "model-best", "state-3", "state-4")
+    ]
     config = json.loads((pruned / "config.json").read_text())
     assert (config["data"], config["epochs"], config["fms_init"], config["seed_train"]) == ("phantom", 4, 4, 42)
     assert {"command", "versions", "machine", "git_revision"} <= set(config)
@@ -118,7 +120,7 @@ def test_bad_starts_change_nothing(phantom, pruned, tmp_path, capsys):
     model = str(pruned / "models" / "model-4")
     for argv, message in [
         (["--resume", str(pruned)], "epoch 4 is finished"),
-        (["--resume", str(tmp_path)], "no finished epoch"),
+        (["--resume", str(tmp_path)], "is no run folder"),
         (["--resume", str(pruned), "--epochs", "9", "--fms_init", "8"], "--fms_init 8: the run"),
         (["--data", "phantom", "--history", str(pruned)], "--history needs --model_state"),
         ([*arguments(phantom, tmp_path), "--model_state", model, "--levels", "4"], "is missing"),

@@ -25,7 +25,7 @@ class Toy:
 
     name, n_classes, modalities, dim, challenge_name = "toy", 2, 1, "2D", "toy-{case:03d}"
     patch_size, preprocessing = (16, 16), KEEP
-    defaults = {"fms_init": 4, "levels": 3}
+    defaults = DATASETS["acdc"].defaults | {"fms_init": 4, "levels": 3}
 
     def __init__(self, data_path=None, split="0.9:0.1", seed_data=42):
         self.folder, self.split, self.seed_data = Path(data_path), split, seed_data

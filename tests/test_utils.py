@@ -121,10 +121,10 @@ def test_settings_that_do_not_fit_one_another(argv, message):
     ],
 )
 def test_bad_values_end_with_exit_code_2_and_one_line(argv, capsys):
-    with pytest.raises(SystemExit) as error:
-        parseArguments([*(["--data", "phantom"] if argv and "--data" not in argv else []), *argv])
-    assert error.value.code == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    argv = [*(["--data", "phantom"] if argv and "--data" not in argv else []), *argv]
+    assert run_script(lambda: parseArguments(argv)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: " in line
 
 
 def test_help_states_every_default(capsys):
@@ -146,11 +146,34 @@ def test_a_continued_run_keeps_its_settings():
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path):
-    for content in (None, "{", "[]", '{"data": "unknown"}'):
+    for content in (None, "{", "[]", '{"data": []}', "\xff"):
         if content is not None:
-            (tmp_path / "config.json").write_text(content)
+            (tmp_path / "config.json").write_text(content, encoding="latin1")
         with pytest.raises(InputError, match="no run folder"):
             read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": "unknown"},
+        {"lr": "0.5"},
+        {"lr": float("nan")},
+        {"epochs": True},
+        {"patch_size": [64]},
+        {"n_classes": 3},
+        {"exp_name": "../../elsewhere"},
+        {"data_path": "a\0b"},
+        {"cache_path": ["a", "b"]},
+    ],
+)
+def test_a_setting_that_no_flag_gives_is_refused(tmp_path, change):
+    config = make_config(parseArguments(["--data", "phantom", "--no_prune", "--patch_size", "32", "64"]))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"command": "any"}))
+    assert read_config(tmp_path) == config | {"command": "any"}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match="config.json: is damaged"):
+        read_config(tmp_path)
 
 
 def test_numbers():

@@ -5,9 +5,9 @@ import json
 import os
 import random
 import re
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +29,8 @@ from lib.data.augmentation import augmentation
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing, zscore
 from lib.error import InputError
+from lib.stop import check_stopped
+from lib.workers import worker_pool
 
 QUEUE = 16  # volumes whose patches are mixed with one another
 
@@ -137,22 +139,26 @@ class BaseDataset:
                 raise InputError(f"{file.image}: has no ground truth beside it, which training and validation need")
         if "train" in partitions and not self._files["train"]:
             raise InputError(f"--data {self.name}: none of the training cases is on disk; add some, or change --split")
-        stale = [file for file in files if not cache.is_fresh(file, self.cache / file.id)]
-        if stale:
-            folders = [self.cache / file.id for file in stale]
-            store = partial(
-                cache.store,
-                preprocessing=self.preprocessing,
-                n_classes=self.n_classes,
-                merged_labels=self.merged_labels,
-                label_takes_grid=self.label_takes_grid,
-            )
-            with ProcessPoolExecutor(min(_n_cores(), len(stale)), initializer=_use_one_thread) as pool:
-                done = pool.map(store, stale, folders)
-                for _ in tqdm(done, f"preprocessing {self.name}", len(stale), unit="volume"):
-                    pass
+        if not all(cache.is_fresh(file, self.cache / file.id) for file in files):
+            with cache.opened(self.cache):
+                self._fill_cache(files)
         self._prepared.update(file.id for file in files)
         self.notes += [note for file in files for note in cache.notes(self.cache / file.id)]
+
+    def _fill_cache(self, files: list[SubjectFiles]) -> None:
+        stale = [file for file in files if not cache.is_fresh(file, self.cache / file.id)]
+        folders = [self.cache / file.id for file in stale]
+        store = partial(
+            cache.store,
+            preprocessing=self.preprocessing,
+            n_classes=self.n_classes,
+            merged_labels=self.merged_labels,
+            label_takes_grid=self.label_takes_grid,
+        )
+        with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
+            done = pool.map(store, stale, folders)
+            for _ in tqdm(done, f"preprocessing {self.name}", len(stale), unit="volume"):
+                check_stopped()
 
     def get(self, partition: str) -> "Volumes":
         """The whole volumes of "train", "validation" or "test", preprocessed and z-scored: see `Volumes`."""
@@ -183,13 +189,13 @@ class BaseDataset:
                 sampler=torch.randperm(len(volumes), generator=generator).tolist(),
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
-                worker_init_fn=_use_one_thread,
+                worker_init_fn=_start_loader,
                 generator=torch.Generator(),  # not the global one: whether there are workers must leave no trace
                 prefetch_factor=ceil(QUEUE / self.num_workers) if self.num_workers else None,
             )
         )
         image, label, ids = np.empty((0, 1, *self.patch_size), "f4"), np.empty((0, *self.patch_size), "u1"), []
-        while queue := list(islice(loaded, QUEUE)):
+        while queue := _next(loaded, QUEUE):
             image = np.concatenate([image, *(volume["image"] for volume in queue)])
             label = np.concatenate([label, *(volume["label"] for volume in queue)])
             ids = ids + [volume["id"] for volume in queue for _ in volume["image"]]
@@ -294,7 +300,26 @@ def _unchanged(item: dict) -> dict:
     return item
 
 
-def _use_one_thread(_worker: int = 0) -> None:
+def _next(loaded: Iterator[dict], n: int) -> list[dict]:
+    """The next `n` volumes (fewer at the end). Raises InputError for what went wrong in a process that loads them."""
+    try:
+        return list(islice(loaded, n))
+    except InputError as error:  # torch hands it on with the traceback of the process in front
+        raise InputError(str(error).splitlines()[-1].removeprefix("lib.error.InputError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process that loads data was killed (out of memory?); try fewer --num_workers") from error
+
+
+def _start_loader(_worker: int) -> None:
+    """In a process that loads data, which torch ends: leave the signals to the training."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _use_one_thread()
+
+
+def _use_one_thread() -> None:
     """In a process of many: torch and SimpleITK (which resamples for torchio) get one thread each."""
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

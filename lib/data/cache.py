@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torchio as tio
 
 from lib.data.preprocessing import Preprocessing, read_image, read_label, standardize, standardize_label
 from lib.error import InputError
+from lib.lock import locked
 
 VERSION = 2  # raise it whenever the same parameters give other voxels or other files
 
@@ -27,11 +30,27 @@ class SubjectFiles:
 
 
 def is_fresh(files: SubjectFiles, folder: Path) -> bool:
-    """Whether `folder` holds what `store` made from these very files, unchanged since (path, size, time)."""
+    """Whether `folder` holds, whole, what `store` made from these very files, unchanged since (path, size, time)."""
+    names = ["image.npy"] + ["label.npy"] * (files.label is not None)
     try:
-        return json.loads((folder / "meta.json").read_text())["sources"] == _sources(files)
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = all(np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names)
+        return whole and json.loads((folder / "meta.json").read_text())["sources"] == _sources(files)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return False
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Make the cache's folder and hold its lock, so that two runs do not fill it at once; clear it of what a killed
+    run has left. Raises InputError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            for left in folder.glob(".*-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+    except OSError as error:
+        raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
 
 
 def store(
@@ -67,18 +86,32 @@ def store(
     try:
         _write(folder, arrays, meta)
     except OSError as error:
-        raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
+        raise InputError(
+            f"--cache_path: {folder} cannot be written ({error.strerror or error}); give another one"
+        ) from error
 
 
 def load(folder: Path) -> tio.Subject:
-    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id"."""
-    affine = np.array(json.loads((folder / "meta.json").read_text())["affine"])
-    image = tio.ScalarImage(tensor=torch.from_numpy(np.load(folder / "image.npy")), affine=affine)
-    subject = tio.Subject(image=image, id=folder.name)
-    if (folder / "label.npy").exists():
-        label = torch.from_numpy(np.load(folder / "label.npy"))[None]
-        subject.add_image(tio.LabelMap(tensor=label, affine=affine), "label")
+    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id".
+
+    Raises InputError if its files were damaged.
+    """
+    try:
+        affine = np.array(json.loads((folder / "meta.json").read_text())["affine"])
+        image = tio.ScalarImage(tensor=torch.from_numpy(_array(folder / "image.npy")), affine=affine)
+        subject = tio.Subject(image=image, id=folder.name)
+        if (folder / "label.npy").exists():
+            label = torch.from_numpy(_array(folder / "label.npy"))[None]
+            subject.add_image(tio.LabelMap(tensor=label, affine=affine), "label")
+    except Exception as error:  # numpy, json and torchio raise a dozen types for damaged files
+        raise InputError(
+            f"{folder}: is damaged ({type(error).__name__}); delete this folder, it is made anew"
+        ) from error
     return subject
+
+
+def _array(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
 
 
 def notes(folder: Path) -> list[str]:

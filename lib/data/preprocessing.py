@@ -53,16 +53,30 @@ class Preprocessed(NamedTuple):
 def read_image(path: str | Path) -> tio.ScalarImage:
     """A NIfTI file as (1, X, Y, Z) float32 in its own array order and affine, never reoriented.
 
-    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has NaN
-    or infinite voxels, or an affine that maps no volume to a volume.
+    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has
+    voxels that are no finite real numbers or all the same, or a spacing or affine that no volume has.
     """
+    image = _read(path)
+    if image.data.min() == image.data.max():
+        raise InputError(f"{path}: all voxels are {image.data.min():g}; replace this image")
+    return image
+
+
+def _read(path: str | Path) -> tio.ScalarImage:
+    """An image or a label, as `read_image`."""
     try:
         nifti = nib.load(path)
-        array = np.asarray(nifti.dataobj, dtype=np.float32)
+        dtype, spacing_mm = nifti.get_data_dtype(), stored_spacing(nifti)
+        real = dtype.kind in "buif"
+        array = np.asarray(nifti.dataobj, dtype=np.float32) if real else None
         affine = np.asarray(nifti.affine, dtype=float)
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
+    if not real:
+        raise InputError(f"{path}: its voxels are {dtype}, not real numbers; convert it to a grey-scale image")
+    if not all(0 < size < np.inf for size in spacing_mm):
+        raise InputError(f"{path}: the voxel size is {spacing_mm} mm; mend the header")
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim != 3 or array.size == 0:
@@ -74,17 +88,31 @@ def read_image(path: str | Path) -> tio.ScalarImage:
     return tio.ScalarImage(tensor=torch.from_numpy(array)[None], affine=affine)
 
 
+def stored_spacing(nifti: nib.spatialimages.SpatialImage) -> tuple[float, ...]:
+    """Voxel size in mm of the three axes as it is in the file; nibabel turns a negative one into a positive one."""
+    header = nifti.header
+    if "pixdim" not in header:
+        return tuple(float(size) for size in header.get_zooms()[:3])
+    file_map = nifti.file_map["header" if nifti.file_map.get("header") else "image"]
+    with file_map.get_prepare_fileobj("rb") as file:
+        stored = type(header).from_fileobj(file, check=False)
+    return tuple(float(size) for size in stored["pixdim"][1 : 1 + min(3, nifti.ndim)])
+
+
 def read_label(path: str | Path, n_classes: int, merged_labels: dict[int, int] | None = None) -> tio.LabelMap:
     """A label file as a tio.LabelMap (1, X, Y, Z) uint8, in which the keys of `merged_labels` became their values.
 
     Raises InputError as `read_image`, or for values other than the classes' and these keys.
     """
-    image = read_image(path)
+    image = _read(path)
     label, merged_labels = image.data.byte(), merged_labels or {}
     changed = image.data[image.data != label][:1]  # by the rounding to bytes
     for value in (*changed.tolist(), *label.flatten().bincount().nonzero().flatten().tolist()):
         if value not in range(n_classes) and value not in merged_labels:
-            raise InputError(f"{path}: has the label {value:g}, but the labels of this data set are 0..{n_classes - 1}")
+            raise InputError(
+                f"{path}: has the label {value:g} in {int((image.data == value).sum())} voxels, but the labels of "
+                f"this data set are the whole numbers 0 to {n_classes - 1}; correct them"
+            )
     for value, counts_as in merged_labels.items():
         label[label == value] = counts_as
     return tio.LabelMap(tensor=label, affine=image.affine)

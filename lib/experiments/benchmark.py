@@ -152,7 +152,7 @@ def find_run(plan: Plan, row: str, seed: int) -> tuple[Path | None, int]:
     folder = plan.output / "runs" / f"{row}-{seed}" / plan.data.name
     runs = [run for run in folder.glob("*") if any((run / "models").glob("state-*"))]
     run = max(runs, key=lambda run: int(run.name), default=None)
-    return run, newest_epoch(run) if run else 0
+    return run, (newest_epoch(run) or 0) if run else 0
 
 
 def find_model(plan: Plan, row: str, seed: int) -> Path:

@@ -1,18 +1,26 @@
 """What every model can do: start its weights, or load them."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lib.checksum import read_checked
 from lib.error import InputError
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a saved model (a plain `state_dict`) onto the CPU, without running any code that it may hold."""
+    """Read a saved model (a plain `state_dict`) onto the CPU, without running any code that it may hold.
+
+    Raises InputError if it cannot be read, is no model, or the checksum beside it (if any) is another one.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_checked(Path(path))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises nearly anything on a file that is no model
         reason = "no such file" if not Path(path).exists() else type(error).__name__
         raise InputError(f"{path}: cannot be read as a saved model ({reason}); give a file models/model-E") from error

@@ -1,0 +1,131 @@
+"""The scripts as real processes, which a test can kill, stop or starve at any instant."""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+CONTEXT = get_context("forkserver")  # its children need not import torch anew
+CONTEXT.set_forkserver_preload(["train", "predict", "torch._inductor"])
+TARGETS = {
+    "prepare": ("lib.data.BaseDataset", "BaseDataset.prepare"),
+    "epoch": ("lib.trainer", "train_epoch"),
+    "checkpoint": ("lib.checkpoint", "save"),
+    "prediction": ("predict", "predict_file"),
+    "writing": ("predict", "save"),
+}
+
+
+@dataclass
+class Fault:
+    """At the `nth` call of `target`: a signal to the process itself after `delay` seconds, or at the call's
+    end if that comes first; or `limit` (no file may grow any more), `full` (the disk that holds the file `path` fills
+    up) or `wait` (until the file `path` is there)."""
+
+    target: str
+    nth: int = 1
+    delay: float = 0.0
+    action: int | str = signal.SIGKILL
+    path: Path | None = None
+    timer: threading.Timer | None = None
+
+    def happen(self) -> None:
+        if self.action == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        elif self.action == "full":
+            with open(self.path, "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+        elif self.action == "wait":
+            while not self.path.exists():
+                time.sleep(0.01)
+        else:
+            self.timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.action))
+            self.timer.start()
+
+    def end(self) -> None:
+        if self.timer and not self.timer.finished.is_set():
+            self.timer.cancel()
+            os.kill(os.getpid(), self.action)
+
+
+def _patch(target: str, before=None, after=None) -> None:
+    """Call `before()` before each call of the target, and `after(seconds)` after it."""
+    module, path = TARGETS[target]
+    owner = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    function = getattr(owner, name)
+
+    def patched(*args, **kwargs):
+        if before:
+            before()
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if after:
+            after(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, patched)
+
+
+def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times: Path | None) -> None:
+    with open(output, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # as in a script that a shell starts
+    import torch
+
+    import lib.callback
+
+    torch.set_num_threads(1)
+    lib.callback.training_settled = lambda *_: True  # prune from the first epoch on
+    if fault:
+        calls = iter(range(1, 10**6))
+        _patch(fault.target, lambda: fault.happen() if next(calls) == fault.nth else None, lambda _: fault.end())
+    if times:
+        log = times.open("a", buffering=1)
+        for target in TARGETS:
+            _patch(target, after=lambda seconds, target=target: log.write(f"{target} {seconds}\n"))
+    code = importlib.import_module(script).main(argv)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class Script:
+    """A running script; `fault` is what happens to it, `times` a file for the seconds that each target takes."""
+
+    def __init__(
+        self, script: str, argv: list, output: Path, fault: Fault | None = None, times: Path | None = None
+    ) -> None:
+        self.output = output
+        self.process = CONTEXT.Process(target=_main, args=(script, [*map(str, argv)], output, fault, times))
+        self.process.start()
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def end(self) -> int:
+        """Wait for the end; the exit code, or minus the signal."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, f"still running: {self.text}"
+        return self.process.exitcode
+
+    def wait_for(self, text: str) -> None:
+        for _ in range(6000):
+            if text in self.text:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"no {text!r} in {self.text}")
