@@ -324,3 +324,22 @@ def test_validation_is_every_slice_or_a_grid_that_covers(folder, cache_path):
         assert volume["image"].shape == (-(-x // 4) * -(-y // 8) * -(-z // 16), 1, 4, 8, 16)
         assert torch.equal(volume["image"][0, 0], subject.image.data[0, :4, :8, :16])
         assert torch.equal(volume["label"][-1], subject.label.data[0, -4:, -8:, -16:].long())
+
+
+def test_a_patch_smaller_than_the_slice_also_sees_what_lies_around_the_centre():
+    volume = torch.arange(400 * 300 * 2).reshape(1, 400, 300, 2)
+    seen = patches.field_of_view(volume, (320, 320), (64, 64))
+    assert seen.shape == (1, 320, 300, 2)
+    assert seen[0, 0, 0, 0] == volume[0, 40, 0, 0]  # the central 320 rows
+    torch.manual_seed(0)
+    starts = patches.centred_or_random_starts((320, 300, 2), (64, 64), 400)
+    centred = [start for start in starts if start[:2] == (128, 118)]
+    assert 150 < len(centred) < 250
+    assert {start[2] for start in starts} == {0, 1}
+    assert min(s[0] for s in starts) < 20
+    assert max(s[0] for s in starts) > 236
+    # the class's own patch takes each slice as `fit` does: there is nothing to choose
+    assert set(patches.centred_or_random_starts((320, 320, 1), (320, 320), 9)) == {(0, 0, 0)}
+    for shape in ((400, 300, 2), (319, 450, 1), (20, 321, 3)):
+        volume = torch.rand(1, *shape)
+        assert patches.field_of_view(volume, (320, 320), (320, 320)).equal(patches.fit(volume, (320, 320)))

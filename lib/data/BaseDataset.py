@@ -176,8 +176,9 @@ class BaseDataset:
         the last batch, which may be smaller.
 
         Each training volume is augmented whole and gives as many random slices as it has (2D; cropped or padded
-        centrally) or `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed
-        within every `QUEUE` volumes. All of it follows from (seed_train, epoch).
+        centrally to the class's own patch; a smaller patch lies in its centre or, in half of the cases, anywhere) or
+        `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed within every
+        `QUEUE` volumes. All of it follows from (seed_train, epoch).
         """
         self.prepare(["train"])
         generator = torch.Generator().manual_seed(_seed(self.seed_train, epoch))
@@ -257,6 +258,7 @@ class _AugmentedPatches(Dataset):
     def __init__(self, dataset: BaseDataset, epoch: int):
         self.folders = [dataset.cache / id_ for id_ in dataset.ids["train"]]
         self.patch_size, self.n = dataset.patch_size, dataset.patches_per_volume
+        self.field = tuple(map(max, dataset.patch_size, type(dataset).patch_size))
         self.seeds = [_seed(dataset.seed_train, epoch, index) for index in range(len(self.folders))]
         self.augmentation = augmentation(dataset.dim)
 
@@ -270,9 +272,11 @@ class _AugmentedPatches(Dataset):
         with _seeded(self.seeds[index]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The maximum displacement is larger", RuntimeWarning)
             subject = self.augmentation(subject)
-            image, label = (patches.fit(subject[key].data, self.patch_size) for key in ("image", "label"))
-            n = self.n or image.shape[-1]
-            starts = patches.random_starts(image.shape[1:], self.patch_size, n)
+            image, label = (
+                patches.field_of_view(subject[key].data, self.field, self.patch_size) for key in ("image", "label")
+            )
+            draw = patches.centred_or_random_starts if len(self.patch_size) == 2 else patches.random_starts
+            starts = draw(image.shape[1:], self.patch_size, self.n or image.shape[-1])
         image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0].byte()))
         return {"image": image.numpy(), "label": label.numpy(), "id": subject["id"]}
 

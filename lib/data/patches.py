@@ -19,6 +19,21 @@ def fit(volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
     return crop_or_pad(volume, patch_size, crop=False)
 
 
+def field_of_view(volume: Tensor, field: tuple[int, ...], patch_size: tuple[int, ...]) -> Tensor:
+    """(..., X, Y, Z) for training: as `fit`, but slices (2D) larger than the patch keep their central `field`."""
+    if len(patch_size) == 2:
+        size = volume.shape[-3:-1]
+        volume = crop_or_pad(volume, (*map(min, size, field), None))
+    return crop_or_pad(volume, (*patch_size, None)[:3], crop=False)
+
+
+def centred_or_random_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], n: int) -> list[Start]:
+    """As `random_starts` for a slice (2D), with the patch in its centre in half of the cases."""
+    starts = random_starts(shape, patch_size, n)
+    centre = [(size - patch + 1) // 2 for size, patch in zip(shape, patch_size, strict=False)]
+    return [(*centre, start[2]) if torch.rand(()) < 0.5 else start for start in starts]
+
+
 def random_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], n: int) -> list[Start]:
     """n first voxels, each uniform among all where the patch lies in the volume; from torch's global generator."""
     last = [size - patch for size, patch in zip(shape, _whole(patch_size), strict=True)]
