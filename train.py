@@ -28,9 +28,9 @@ from lib.utils import (
     find_device,
     make_config,
     parseArguments,
+    pruning_arguments,
     read_config,
     run_script,
-    share_of,
 )
 
 
@@ -103,9 +103,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         checkpoint.restore(state, progress)
     pruning = None
     if config["model"] == "sauron" and not config["no_prune"]:
-        pruning = {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
-        pruning["between"] = tuple(share_of(moment) * config["epochs"] for moment in config["prune_between"])
-        if not state.validates:
+        pruning = pruning_arguments(config, state.unpruned["flops"])
+        if not state.validates and "tau_max" in pruning:
             log("no validation set: thresholds rise by the training loss alone")
     loss = LOSSES[config["loss"]]
     criterion = loss(config["lambda_"]) if loss.uses_distances else loss()

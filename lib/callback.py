@@ -15,8 +15,19 @@ from lib.checkpoint import TrainingState
 from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
-from lib.models import count_filters, summary
-from lib.pruning import Threshold, filters_to_keep, prune, raise_threshold, tau, training_settled
+from lib.models import count_filters, milliseconds, resized, summary
+from lib.pruning import (
+    Threshold,
+    budget_tau,
+    deletable,
+    fewest_filters,
+    fewest_that_fit,
+    kept,
+    prune,
+    raise_threshold,
+    tau,
+    training_settled,
+)
 
 Callback = Callable[[TrainingState], None]
 
@@ -30,17 +41,25 @@ def _end_epoch_save_best(state: TrainingState) -> None:
 
 
 def _end_epoch_prune(
-    state: TrainingState, tau_max: float, kappa: int, rho: int, mu: float, between: tuple[float, float]
+    state: TrainingState,
+    tau_max: float,
+    kappa: int,
+    rho: int,
+    mu: float,
+    between: tuple[float, float],
+    min_filters: int,
+    max_prune_fraction: float,
 ) -> None:
     """Raise the thresholds where training has settled, then delete the filters below them (paper section 3.3).
 
-    Nothing rises or goes before or after the epochs `between` (first excluded, last included).
+    Nothing rises or goes before or after the epochs `between` (first excluded, last included). `min_filters` and
+    `max_prune_fraction` are those of `fewest_filters` and `deletable`.
     """
     train_losses = [row["train_loss"] for row in state.rows]
     validated = [row["val_loss"] for row in state.rows if row["val_loss"] is not None]
     settled = training_settled(train_losses, validated if state.validates else None, rho)
     active = between[0] < state.epoch <= between[1]
-    keep = {}
+    keep, fewest = {}, fewest_filters(state.model, min_filters)
     for block in state.model.blocks():
         if block.head:
             continue
@@ -51,14 +70,82 @@ def _end_epoch_prune(
         threshold.lost, threshold.filters_before = 0, block.out_filters
         if block.out_filters > 1:
             delta, r = state.delta_prune[block.name]
-            kept = filters_to_keep(delta, r, tau(threshold, tau_max, kappa))
-            threshold.lost = block.out_filters - len(kept)
-            if threshold.lost:
-                keep[block.name] = kept
+            gone = deletable(delta, r, tau(threshold, tau_max, kappa), fewest[block.name], max_prune_fraction)
+            threshold.lost = len(gone)
+            if gone:
+                keep[block.name] = kept(block.out_filters, gone)
     if keep:
         prune(state.model, state.optimizer, keep)
     state.rows[-1]["tau"] = {name: tau(threshold, tau_max, kappa) for name, threshold in state.thresholds.items()}
     state.rows[-1]["patience"] = {name: threshold.patience for name, threshold in state.thresholds.items()}
+
+
+def _end_epoch_prune_to_budget(
+    state: TrainingState,
+    max_flops: float | None,
+    max_ms: float | None,
+    between: tuple[float, float],
+    min_filters: int,
+    max_prune_fraction: float,
+    patch_size: tuple[int, ...],
+) -> None:
+    """Between two moments of the run let the threshold of all blocks climb at an even pace, and delete the filters
+    below it; the moment that the network fits, pruning stops for good.
+
+    An epoch deletes the filters with the smallest delta_prune first, and no more than are needed to fit.
+    max_flops: of one patch; max_ms: milliseconds for one patch on the run's device; None: no such limit.
+    """
+    row = state.rows[-1]
+    row |= {"budget_met": state.budget_met, "ms": None}
+    climbs = between[0] < state.epoch <= between[1] and not state.budget_met
+    if climbs or len(state.rows) == 1:
+        threshold = budget_tau(state.epoch, between)
+        row["tau"] = {block.name: threshold for block in state.model.blocks() if not block.head}
+    else:
+        row["tau"] = state.rows[-2]["tau"]
+    if not climbs:
+        return
+
+    device = next(state.model.parameters()).device
+    widths = {block.name: block.out_filters for block in state.model.blocks() if not block.head}
+
+    def size(widths: dict[str, int]) -> dict[str, float]:
+        flops = summary(resized(state.model, widths), patch_size)["flops"]
+        ms = milliseconds(resized(state.model, widths, device), patch_size) if max_ms else None
+        return {"flops": flops, "ms": ms}
+
+    def fits(size: dict[str, float]) -> bool:
+        return (not max_flops or size["flops"] <= max_flops) and (not max_ms or size["ms"] <= max_ms)
+
+    fewest = fewest_filters(state.model, min_filters)
+
+    def ranked(threshold: float, fraction: float) -> list[tuple[str, int]]:
+        candidates = []
+        for name in widths:
+            delta, r = state.delta_prune[name]
+            gone = deletable(delta, r, threshold, fewest[name], fraction)
+            candidates += [(delta[c].item(), name, c) for c in gone]
+        return [(name, c) for _, name, c in sorted(candidates)]
+
+    gone = fewest_that_fit(ranked(threshold, max_prune_fraction), widths, lambda widths: fits(size(widths)))
+    keep = {name: kept(widths[name], [c for other, c in gone if other == name]) for name in {name for name, _ in gone}}
+    if keep:
+        prune(state.model, state.optimizer, keep)
+    reached = size(widths | {name: len(indices) for name, indices in keep.items()})
+    row |= {"budget_met": fits(reached), "ms": reached["ms"]}
+    text = f"{reached['flops']:,} FLOPs ({100 * reached['flops'] / state.unpruned['flops']:.1f}%)"
+    text += f", {reached['ms']:.2f} ms per patch" if max_ms else ""
+    if row["budget_met"]:
+        state.log(f"budget met after epoch {state.epoch}: {text}; nothing more is pruned")
+    elif state.epoch + 1 > between[1]:
+        at_floor = sum(len(indices) for indices in keep.values()) == 0 and not ranked(2.0, 1.0)
+        reason = (
+            f"every block has as few filters as --min_filters {min_filters} allows (those that feed a head: at least "
+            f"the number of classes)"
+            if at_floor
+            else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
+        )
+        state.log(f"budget not met: {text} after epoch {state.epoch}, the last that prunes; {reason}")
 
 
 def _end_epoch_measure(state: TrainingState, patch_size: tuple[int, ...]) -> None:
@@ -174,10 +261,14 @@ def callbacks(
     save_fms: dict | None = None,
 ) -> list[Callback]:
     """The published order: prune, histories, filter files, model. `pruning` and `save_fms` hold the arguments of their
-    callbacks; None leaves them out."""
+    callbacks; None leaves them out. A pruning with "max_flops" is one to a budget."""
+    if pruning and "max_flops" in pruning:
+        pruning = [partial(_end_epoch_prune_to_budget, patch_size=patch_size, **pruning)]
+    else:
+        pruning = [partial(_end_epoch_prune, **pruning)] if pruning else []
     return [
         _end_epoch_save_best,
-        *([partial(_end_epoch_prune, **pruning)] if pruning else []),
+        *pruning,
         partial(_end_epoch_measure, patch_size=patch_size),
         *([partial(_end_epoch_save_all_FMs, **save_fms)] if save_fms else []),
         _end_epoch_save_history,

@@ -40,6 +40,11 @@ class TrainingState:
     best_dice: float = -1.0
     validates: bool = True  # whether there is a validation set
 
+    @property
+    def budget_met(self) -> bool:
+        """Whether the network fits the budget that the run has, if it has one: nothing more is pruned then."""
+        return any(row.get("budget_met") for row in self.rows)
+
 
 def new_run_folder(config: dict) -> Path:
     """Make <output>/<exp_name>/<data>/<id>, id the next free number.

@@ -1,6 +1,9 @@
 """Which filters go, and the surgery that deletes them (paper sections 3.2 and 3.3). No I/O; knows no data set."""
 
 import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +50,50 @@ def raise_threshold(threshold: Threshold, settled: bool, kappa: int, rho: int, m
         threshold.patience = rho
 
 
-def filters_to_keep(delta_prune: Tensor, r: int, threshold: float) -> Tensor:
-    """Indices of the filters that stay: r, and all whose delta_prune is at least the threshold."""
-    keep = delta_prune >= threshold
-    keep[r] = True
-    return keep.nonzero().flatten()
+def budget_tau(epoch: int, between: tuple[float, float]) -> float:
+    """The threshold of all blocks on the way to a budget: from 0.001 at the first of the two moments (in epochs) it
+    climbs at an even pace to 1, the largest delta_prune, at the second one."""
+    first, last = between
+    return FIRST_TAU + (1 - FIRST_TAU) * min(max((epoch - first) / (last - first), 0.0), 1.0)
+
+
+def fewest_filters(model: nnUNet, min_filters: int) -> dict[str, int]:
+    """How many filters every prunable block keeps at least: `min_filters`, and as many as there are classes where it
+    feeds a head, which is a linear combination of its maps."""
+    table = model.blocks()
+    feeders = {parent for block in table if block.head for parent in block.parents}
+    return {
+        block.name: max(min_filters, model.n_classes) if block.name in feeders else min_filters
+        for block in table
+        if not block.head
+    }
+
+
+def deletable(delta_prune: Tensor, r: int, threshold: float, at_least: int, fraction: float = 1.0) -> list[int]:
+    """The filters of a block that may go, the smallest delta_prune first: all below the threshold but r, as long as
+    `at_least` filters stay and no more than `fraction` of them go."""
+    n = len(delta_prune)
+    most = max(0, min(n - at_least, math.floor(fraction * n + 1e-9)))
+    values = delta_prune.tolist()
+    return [c for c in sorted(range(n), key=values.__getitem__) if c != r and values[c] < threshold][:most]
+
+
+def fewest_that_fit(
+    ranked: list[tuple[str, int]], widths: dict[str, int], fits: Callable[[dict[str, int]], bool]
+) -> list[tuple[str, int]]:
+    """The shortest beginning of `ranked`, (block, filter) each, without which a network of these widths `fits`; all of
+    it if it never does."""
+
+    def enough(n: int) -> bool:
+        gone = Counter(name for name, _ in ranked[:n])
+        return fits({name: width - gone[name] for name, width in widths.items()})
+
+    return ranked[: bisect_left(range(len(ranked)), True, key=enough)]
+
+
+def kept(n_filters: int, gone: list[int]) -> Tensor:
+    """Indices of the filters that stay."""
+    return torch.tensor(sorted(set(range(n_filters)) - set(gone)))
 
 
 def prune(model: nnUNet, optimizer: Optimizer | None, keep: dict[str, Tensor]) -> None:

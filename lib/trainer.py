@@ -12,6 +12,7 @@ from lib.callback import Callback
 from lib.checkpoint import TrainingState
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
+from lib.loss import DS_CrossEntropyDiceLoss
 from lib.models.Sauron import Measured
 from lib.stop import check_stopped
 
@@ -48,8 +49,14 @@ def fit(
     amp: bool = False,
 ) -> None:
     """Train from the epoch after `state.epoch` to `epochs`; `prune` measures delta_prune in each epoch's last batch,
-    `amp` lets the network compute in bfloat16 where that is safe."""
+    `amp` lets the network compute in bfloat16 where that is safe.
+
+    Once the network fits its budget, nothing is left for the distance term to prepare: the segmentation loss alone
+    trains the small network.
+    """
     while state.epoch < epochs:
+        if state.budget_met:
+            criterion, prune = DS_CrossEntropyDiceLoss(), False
         start = time.perf_counter()
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:

@@ -28,6 +28,7 @@ from lib.stop import Stopped, stoppable
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
 # Flags that say where to start or continue; they are no settings of a run.
 STARTING = {"epoch_start", "model_state", "history", "resume"}
+BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,6 +121,45 @@ def share_of(text: str) -> float:
     return float(text.removesuffix("%")) / 100
 
 
+def flops_limit(text: str) -> str:
+    """An argparse type: "none", a share of the unpruned network (20%) or a number (2G), which stays text;
+    `flops_of` has its value."""
+    try:
+        valid = text == "none" or 0 < flops_of(text, 1) < math.inf and not (text.endswith("%") and share_of(text) > 1)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 20%, nor a number such as 2G, nor none")
+    return text
+
+
+def flops_of(text: str, unpruned: float) -> float | None:
+    """FLOPs of a limit: 2e9 for "2G", a fifth of `unpruned` for "20%", None for "none"."""
+    if text == "none":
+        return None
+    if text.endswith("%"):
+        return share_of(text) * unpruned
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1:])
+    return float(text[:-1]) * factor if factor else float(text)
+
+
+def pruning_arguments(config: dict, unpruned_flops: int) -> dict:
+    """The arguments of the callback that prunes: the paper's rule, or on the way to a budget."""
+    arguments = {
+        "between": tuple(share_of(moment) * config["epochs"] for moment in config["prune_between"]),
+        "min_filters": config["min_filters"],
+        "max_prune_fraction": config["max_prune_fraction"] or 1.0,
+    }
+    if has_budget(config):
+        budget = {"max_flops": flops_of(config["max_flops"], unpruned_flops), "max_ms": config["max_ms"]}
+        return arguments | budget
+    return arguments | {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
+
+
+def has_budget(config: dict) -> bool:
+    return config["max_flops"] != "none" or config["max_ms"] is not None
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -132,8 +172,8 @@ def defaults_text(key: str) -> str:
     for name, dataset in DATASETS.items():
         if name == dataset.name:
             value = dataset.patch_size if key == "patch_size" else dataset.defaults[key]
-            text = " ".join(map(str, value)).replace("%", "%%") if isinstance(value, tuple) else str(value)
-            values.setdefault(text, []).append(name)
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            values.setdefault(text.replace("%", "%%"), []).append(name)
     if len(values) == 1:
         return next(iter(values))
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
@@ -279,7 +319,32 @@ def _parser() -> Parser:
         default=None,
         help="train with the distance term, delete nothing (default: prune)",
     )
-    add(pruning, "--tau_max", "largest threshold", type=number(float, 0.001, 1))
+    add(
+        pruning,
+        "--max_flops",
+        "budget: a share of the unpruned network's FLOPs (20%%) or a number (2G) that pruning ends at; none: the "
+        "paper's rule",
+        type=flops_limit,
+        metavar="LIMIT",
+    )
+    add(
+        pruning,
+        "--max_ms",
+        "budget: median milliseconds per patch, measured on the device of the run",
+        "none",
+        type=number(float, 0, 1e9, open_low=True),
+        metavar="N",
+    )
+    add(pruning, "--min_filters", "a block keeps so many (one that feeds a head: as many as classes)", type=maps)
+    add(
+        pruning,
+        "--max_prune_fraction",
+        "a block loses at most this share of its filters in an epoch",
+        "none",
+        type=number(float, 0, 1, open_low=True),
+        metavar="SHARE",
+    )
+    add(pruning, "--tau_max", "largest threshold, without a budget", type=number(float, 0.001, 1))
     add(pruning, "--kappa", "number of steps from 0.001 to tau_max", type=positive)
     add(pruning, "--rho", "patience: epochs between two steps, and losses that are looked back at", type=positive)
     add(pruning, "--mu", "a block that lost this share of its filters waits", type=fraction)
@@ -287,7 +352,9 @@ def _parser() -> Parser:
     add(
         pruning,
         "--prune_between",
-        "prune only between these two moments, in percent of the epochs",
+        "prune only between these two moments, in percent of the epochs; on the way to a budget the thresholds climb "
+        "from one to the other",
+        defaults_text("prune_between") + "; with a budget " + " ".join(BUDGET_MOMENTS).replace("%", "%%"),
         type=percent,
         nargs=2,
         metavar=("FROM", "TO"),
@@ -331,6 +398,8 @@ def make_config(args: argparse.Namespace) -> dict:
         "dist_fun": "euc_norm",
         "imp_fun": "euc_rand",
         "no_prune": False,
+        "max_ms": None,
+        "max_prune_fraction": None,
         "amp": False,
         "save_fms": False,
         "save_fms_every": 1,
@@ -346,6 +415,10 @@ def make_config(args: argparse.Namespace) -> dict:
         "n_classes": dataset.n_classes,
         "dim": dataset.dim,
     }
+    if config["model"] == "nnunet" or config["no_prune"]:
+        config["max_flops"] = given.get("max_flops", "none")
+    if has_budget(config) and "prune_between" not in given:
+        config["prune_between"] = BUDGET_MOMENTS
     for key in ("patch_size", "prune_between"):
         config[key] = list(config[key])
     distances = config["model"] == "sauron" and config["lambda_"] > 0
@@ -361,6 +434,10 @@ def check_config(config: dict) -> None:
     first, last = config["prune_between"]
     if share_of(first) >= share_of(last):
         raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
+    if has_budget(config) and (config["model"] == "nnunet" or config["no_prune"]):
+        flag = "--max_ms" if config["max_ms"] else "--max_flops"
+        what = "--no_prune" if config["no_prune"] else "--model nnunet"
+        raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
     if config["model"] == "nnunet" and config["loss"] == "DS_CrossEntropyDiceLoss_Distance":
         raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
     n_axes = 2 if config["dim"] == "2D" else 3

@@ -44,6 +44,8 @@ class ACDCDataset(BaseDataset):
         "kappa": 15,
         "rho": 5,
         "mu": 0.02,
+        "max_flops": "none",
+        "min_filters": 2,
         "prune_between": ("0%", "100%"),
     }
 

@@ -31,7 +31,8 @@ class PhantomDataset(ACDCDataset):
         "kappa": 4,
         "rho": 2,
         "mu": 0.1,
-        "prune_between": ("0%", "80%"),  # then train what is left
+        "max_flops": "25%",
+        "prune_between": ("0%", "80%"),  # without a budget; then train what is left
     }
 
     def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:

@@ -1,7 +1,9 @@
 """The models, and how to get one back from a file."""
 
 import copy
+import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +89,26 @@ def summary(model: nnUNet, patch_size: tuple[int, ...]) -> dict[str, int]:
         "flops": counter.get_total_flops(),
         "filters": sum(block.out_filters for block in model.blocks() if not block.head),
     }
+
+
+def resized(model: nnUNet, widths: dict[str, int], device: str | torch.device = "meta") -> nnUNet:
+    """A network as `model`, with `widths` filters by block; its weights mean nothing (on "meta" it has none)."""
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        return nnUNet(model.modalities, model.n_classes, 1, model.levels, dim=model.dim, filters={"out": widths}).eval()
+
+
+@torch.inference_mode()
+def milliseconds(model: nnUNet, patch_size: tuple[int, ...], n: int = 9) -> float:
+    """Median time of a forward pass of one patch on the model's device, over `n` passes after two more."""
+    device = next(model.parameters()).device
+    x, times = torch.zeros(1, model.modalities, *patch_size, device=device), []
+    for _ in range(n + 2):
+        start = time.perf_counter()
+        nnUNet.forward(model, x)
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times[2:])
 
 
 def build_model(config: dict, weights: dict[str, torch.Tensor] | None = None, source: str | Path = "") -> nnUNet:
