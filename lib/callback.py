@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lib import checkpoint
+from lib import checkpoint, distributed
 from lib.checkpoint import TrainingState
 from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
@@ -169,20 +169,29 @@ def callbacks(
     patch_size: tuple[int, ...],
     epochs: int,
     class_names: tuple[str, ...],
-    writer: SummaryWriter,
+    writer: SummaryWriter | None,
     pruning: dict | None,
     save_fms: dict | None = None,
 ) -> list[Callback]:
     """The published order: prune, histories, filter files, model. `pruning` and `save_fms` hold the arguments of their
-    callbacks; None leaves them out."""
+    callbacks; None leaves them out. Of several ranks all prune and measure, and the main one writes; only it has a
+    `writer`."""
     return [
-        _end_epoch_save_best,
+        _main_only(_end_epoch_save_best),
         *([partial(_end_epoch_prune, **pruning)] if pruning else []),
         partial(_end_epoch_measure, patch_size=patch_size),
-        *([partial(_end_epoch_save_all_FMs, **save_fms)] if save_fms else []),
-        _end_epoch_save_history,
-        _end_epoch_save_filters,
-        partial(_end_epoch_tensorboard, writer=writer, class_names=class_names),
-        _end_epoch_save_model,
-        partial(_end_epoch_log, epochs=epochs),
+        *([_main_only(partial(_end_epoch_save_all_FMs, **save_fms))] if save_fms else []),
+        _main_only(_end_epoch_save_history),
+        _main_only(_end_epoch_save_filters),
+        _main_only(partial(_end_epoch_tensorboard, writer=writer, class_names=class_names)),
+        _main_only(_end_epoch_save_model),
+        _main_only(partial(_end_epoch_log, epochs=epochs)),
     ]
+
+
+def _main_only(callback: Callback) -> Callback:
+    return callback if distributed.is_main() else _do_nothing
+
+
+def _do_nothing(_: TrainingState) -> None:
+    pass

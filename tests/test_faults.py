@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from niftis import write_patients
 from processes import Fault, Script
 
 import predict
@@ -24,18 +24,6 @@ from lib.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
-
-
-def write_patients(folder, patients):
-    for patient in patients:
-        rng = np.random.default_rng(patient)
-        label = np.zeros((20, 20, 2), np.uint8)
-        for value, (x, y) in enumerate(rng.integers(2, 12, (3, 2)), start=1):
-            label[x : x + 6, y : y + 6] = value
-        place = folder / f"patient{patient:03}"
-        place.mkdir(parents=True)
-        for array, end in ((label * 50 + rng.normal(0, 5, label.shape).astype("f4"), ""), (label, "_gt")):
-            nib.save(nib.Nifti1Image(array, np.diag([1.25, 1.25, 10, 1])), place / f"{place.name}_frame01{end}.nii.gz")
 
 
 @pytest.fixture(scope="module")
