@@ -425,9 +425,23 @@ def read_config(run: Path) -> dict:
         for key, value in settings.items():
             if key in config and config[key] != value:
                 raise InputError(f"{key} is {config[key]!r}")
+        _check_facts(config)
     except InputError as error:
         raise InputError(f"{run / 'config.json'}: is damaged ({error}); name another run") from error
     return config | settings
+
+
+def _check_facts(config: dict) -> None:
+    """Raise InputError where what `facts` wrote, then or when the run was continued, has another type."""
+    continued = config.get("continued", [])
+    if not isinstance(continued, list) or not all(isinstance(times, dict) for times in continued):
+        raise InputError(f"continued is {continued!r}")
+    if not all({"command", "after_epoch"} <= set(times) for times in continued):
+        raise InputError("continued lacks a command or an epoch")
+    for written in (config, *continued):
+        for key, kind in (("command", str), ("machine", str), ("git_revision", str), ("versions", dict)):
+            if not isinstance(written.get(key), kind | None):
+                raise InputError(f"{key} is {written[key]!r}")
 
 
 def _flags(config: dict) -> list[str]:

@@ -22,7 +22,7 @@ from lib.evaluation import read_labels, read_model_summary
 from lib.filters import read_filters
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
-from lib.utils import read_config
+from lib.utils import _parser, read_config
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "16", "16", "--num_workers", "0", "--device", "cpu"]
 PATIENTS = (1, 3, 2)  # with --split 0.9:0.1 and seed 42 two to train on, and one of the test set
@@ -312,6 +312,19 @@ def test_bad_predictions(place, tmp_path, capsys, kind):
     main, argv = script("evaluate", place, tmp_path / "out")
     assert_refused(main([*map(str, argv), "--pred", str(tmp_path / "in")]), capsys, ["a.nii.gz", words])
     assert written(tmp_path / "out") == []
+
+
+def numeric_flags(parser):
+    """The flags that take numbers: their type was made by `number`."""
+    return [
+        action.option_strings[0] for action in parser._actions if "number." in getattr(action.type, "__qualname__", "")
+    ]
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "1e", ""])
+@pytest.mark.parametrize("flag", numeric_flags(_parser()))
+def test_every_numeric_flag_of_a_training_refuses_what_is_no_sensible_number(capsys, flag, value):
+    assert_refused(train.main(["--data", "acdc", flag, value]), capsys, [flag])
 
 
 def test_the_table_is_long_and_good_input_is_accepted(place, tmp_path):
