@@ -25,6 +25,16 @@ TARGETS = {
 }
 
 
+PATIENCE = 300  # seconds: no test waits for so long but on a machine that is busy with other things
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
 @dataclass
 class Fault:
     """At the `nth` call of `target`: a signal to the process itself after `delay` seconds, or at the call's
@@ -143,13 +153,10 @@ class Script:
 
     def end(self) -> int:
         """Wait for the end; the exit code, or minus the signal."""
-        self.process.join(120)
+        self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"still running: {self.text}"
         return self.process.exitcode
 
     def wait_for(self, text: str) -> None:
-        for _ in range(6000):
-            if text in self.text:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"no {text!r} in {self.text}")
+        wait_until(lambda: text in self.text or not self.process.is_alive())
+        assert text in self.text, f"no {text!r} in {self.text}"

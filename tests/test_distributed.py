@@ -15,7 +15,7 @@ import pytest
 import torch
 from float64 import in_float64
 from niftis import write_patients
-from processes import Fault, Script
+from processes import PATIENCE, Fault, Script
 
 from lib import distributed
 from lib.data import DATASETS
@@ -78,7 +78,7 @@ def torchrun(argv, folder, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROWS": str(folder)} | environment,
     )
 

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from niftis import write_patients
-from processes import Fault, Script
+from processes import PATIENCE, Fault, Script, wait_until
 
 import predict
 import train
@@ -191,29 +190,20 @@ def test_ctrl_c_in_a_shell_ends_the_worker_processes_too(tmp_path, whole):
     with open(tmp_path / "log", "w") as log:
         shell = subprocess.Popen([*map(str, argv)], stdout=log, stderr=log, start_new_session=True)
     run = tmp_path / "unnamed" / "acdc" / "1"
-    while not (run / "models" / "state-1").exists():
-        assert shell.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.02)
+    wait_until(lambda: (run / "models" / "state-1").exists() or shell.poll() is not None)
+    assert shell.poll() is None, (tmp_path / "log").read_text()
     os.killpg(shell.pid, signal.SIGINT)  # a terminal sends it to all processes of the foreground
-    assert shell.wait(60) == 130
+    assert shell.wait(PATIENCE) == 130
     text = (tmp_path / "log").read_text()
     assert f"python train.py --resume {run}" in text
     assert "Traceback" not in text
-    for _ in range(200):
-        if not is_running_in(tmp_path):
-            return
-        time.sleep(0.05)
-    raise AssertionError("a process is left")
+    wait_until(lambda: not is_running_in(tmp_path))
 
 
 def test_a_process_that_preprocesses_ends_with_the_one_that_started_it(tmp_path, whole):
     fault = Fault("prepare", 1, whole.seconds["prepare"] / 2)
     assert Script("train", whole.train(tmp_path), tmp_path / "log", fault).end() == -signal.SIGKILL
-    for _ in range(200):
-        if not is_running_in(tmp_path):
-            return
-        time.sleep(0.05)
-    raise AssertionError("a process is left")
+    wait_until(lambda: not is_running_in(tmp_path))
 
 
 def assert_stopped_in_one_line(script, run, epoch, reason):
