@@ -131,21 +131,22 @@ def check_same(what: str, value: object) -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What ends the work within on one rank ends it on all: InputError, which one rank tells, or Stopped.
+    """What ends the work within on one rank ends it on all: InputError or OSError, which one rank tells, or Stopped.
 
     Within it no rank may wait for another, but for nested calls that all of them come to or none.
     """
     own = None
     try:
         yield
-    except (InputError, Stopped) as error:
+    except (InputError, OSError, Stopped) as error:
         if world_size() == 1:
             raise
         own = error
     if world_size() == 1:
         return
     signal = own.number if isinstance(own, Stopped) else 0
-    state = torch.tensor([rank() if isinstance(own, InputError) else world_size(), -signal])
+    failed = own is not None and not signal
+    state = torch.tensor([rank() if failed else world_size(), -signal])
     dist.all_reduce(state, dist.ReduceOp.MIN)
     teller, signal = state.tolist()
     if teller < world_size():

@@ -37,15 +37,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class Fault:
-    """At the `nth` call of `target`: a signal to the process itself after `delay` seconds, or at the call's
-    end if that comes first; or `limit` (no file may grow any more), `full` (the disk that holds the file `path` fills
-    up), `wait` (until the file `path` is there) or `delete` (it)."""
+    """At the `nth` call of `target`: a signal to the process itself (`group`: to all of its group) after `delay`
+    seconds, or at the call's end if that comes first; or `limit` (no file may grow any more), `full` (the disk that
+    holds the file `path` fills up), `wait` (until the file `path` is there) or `delete` (it)."""
 
     target: str
     nth: int = 1
     delay: float = 0.0
     action: int | str = signal.SIGKILL
     path: Path | None = None
+    group: bool = False
     timer: threading.Timer | None = None
 
     def happen(self) -> None:
@@ -64,13 +65,16 @@ class Fault:
         elif self.action == "delete":
             self.path.unlink()
         else:
-            self.timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.action))
+            self.timer = threading.Timer(self.delay, self.send)
             self.timer.start()
 
     def end(self) -> None:
         if self.timer and not self.timer.finished.is_set():
             self.timer.cancel()
-            os.kill(os.getpid(), self.action)
+            self.send()
+
+    def send(self) -> None:
+        (os.killpg if self.group else os.kill)(os.getpid(), self.action)
 
 
 def _patch(target: str, before=None, after=None) -> None:

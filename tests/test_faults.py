@@ -176,6 +176,15 @@ def test_a_signal_ends_a_training_that_continues_bit_for_bit(tmp_path, whole, nu
     assert_same_run(continue_training(tmp_path, whole), whole)
 
 
+def test_a_signal_to_all_processes_ends_the_preprocessing(tmp_path, whole):
+    """As a terminal, torchrun or a batch system sends it: the processes that preprocess end at once."""
+    fault = Fault("prepare", 1, whole.seconds["prepare"] / 2, signal.SIGTERM, group=True)
+    script = Script("train", whole.train(tmp_path), tmp_path / "log", fault, prepare=os.setsid)
+    assert script.end() == 143, script.text
+    assert script.text.splitlines()[-1].endswith("stopped by SIGTERM") and "Traceback" not in script.text
+    assert_same_run(continue_training(tmp_path, whole), whole)
+
+
 def test_a_signal_ends_a_prediction_that_can_be_finished(tmp_path, whole):
     fault = Fault("prediction", 2, 0, signal.SIGTERM)
     script = Script("predict", whole.predict(tmp_path / "out"), tmp_path / "log", fault)
