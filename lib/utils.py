@@ -439,8 +439,8 @@ def _check_facts(config: dict) -> None:
     if not all({"command", "after_epoch"} <= set(times) for times in continued):
         raise InputError("continued lacks a command or an epoch")
     for written in (config, *continued):
-        for key, kind in (("command", str), ("machine", str), ("git_revision", str), ("versions", dict)):
-            if not isinstance(written.get(key), kind | None):
+        for key, kind in (("command", str), ("machine", str), ("git_revision", str | None), ("versions", dict)):
+            if key in written and not isinstance(written[key], kind):
                 raise InputError(f"{key} is {written[key]!r}")
 
 

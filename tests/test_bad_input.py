@@ -408,7 +408,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, "missing", "other key"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_model_with_some_other_tensor(tmp_path, place, kind, data):
     state = torch.load(place / "model", weights_only=True)

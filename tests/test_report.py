@@ -248,15 +248,18 @@ VALUES = (
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from(["config.json", "history.json", "validation_scores.json"]),
     value=VALUES,
     depth=st.integers(0, 3),
     data=st.data(),
 )
-def test_a_run_with_some_other_value_is_refused_or_reported(made_up, file, value, depth, data):
-    run = made_up()
+def test_a_run_with_some_other_value_is_refused_or_reported(made_up, tmp_path, file, value, depth, data):
+    good, run = tmp_path / "good", tmp_path / "other"
+    if not good.exists():
+        shutil.copytree(made_up(), good)
+    shutil.copytree(good, run, dirs_exist_ok=True)
     content = json.loads((run / file).read_text())
     parent, key = {"": content}, ""
     for _ in range(depth):
