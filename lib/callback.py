@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lib import checkpoint
+from lib import checkpoint, distributed
 from lib.checkpoint import TrainingState
 from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
@@ -111,8 +111,10 @@ def _end_epoch_prune_to_budget(
 
     def size(widths: dict[str, int]) -> dict[str, float]:
         flops = summary(resized(state.model, widths), patch_size)["flops"]
-        ms = milliseconds(resized(state.model, widths, device), patch_size) if max_ms else None
-        return {"flops": flops, "ms": ms}
+        if not max_ms:
+            return {"flops": flops, "ms": None}
+        ms = milliseconds(resized(state.model, widths, device), patch_size) if distributed.is_main() else None
+        return {"flops": flops, "ms": distributed.broadcast_from_main(ms)}  # one clock decides for all ranks
 
     def fits(size: dict[str, float]) -> bool:
         return (not max_flops or size["flops"] <= max_flops) and (not max_ms or size["ms"] <= max_ms)
@@ -256,24 +258,33 @@ def callbacks(
     patch_size: tuple[int, ...],
     epochs: int,
     class_names: tuple[str, ...],
-    writer: SummaryWriter,
+    writer: SummaryWriter | None,
     pruning: dict | None,
     save_fms: dict | None = None,
 ) -> list[Callback]:
     """The published order: prune, histories, filter files, model. `pruning` and `save_fms` hold the arguments of their
-    callbacks; None leaves them out. A pruning with "max_flops" is one to a budget."""
+    callbacks; None leaves them out. A pruning with "max_flops" is one to a budget. Of several ranks all prune and
+    measure, and the main one writes; only it has a `writer`."""
     if pruning and "max_flops" in pruning:
         pruning = [partial(_end_epoch_prune_to_budget, patch_size=patch_size, **pruning)]
     else:
         pruning = [partial(_end_epoch_prune, **pruning)] if pruning else []
     return [
-        _end_epoch_save_best,
+        _main_only(_end_epoch_save_best),
         *pruning,
         partial(_end_epoch_measure, patch_size=patch_size),
-        *([partial(_end_epoch_save_all_FMs, **save_fms)] if save_fms else []),
-        _end_epoch_save_history,
-        _end_epoch_save_filters,
-        partial(_end_epoch_tensorboard, writer=writer, class_names=class_names),
-        _end_epoch_save_model,
-        partial(_end_epoch_log, epochs=epochs),
+        *([_main_only(partial(_end_epoch_save_all_FMs, **save_fms))] if save_fms else []),
+        _main_only(_end_epoch_save_history),
+        _main_only(_end_epoch_save_filters),
+        _main_only(partial(_end_epoch_tensorboard, writer=writer, class_names=class_names)),
+        _main_only(_end_epoch_save_model),
+        _main_only(partial(_end_epoch_log, epochs=epochs)),
     ]
+
+
+def _main_only(callback: Callback) -> Callback:
+    return callback if distributed.is_main() else _do_nothing
+
+
+def _do_nothing(_: TrainingState) -> None:
+    pass

@@ -18,7 +18,16 @@ from lib.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
 
-STATE_KEYS = {"epoch", "optimizer", "rows", "validation", "thresholds", "best_dice", "rng", "rng_cuda"}
+STATE_TYPES = {
+    "epoch": int,
+    "optimizer": dict,
+    "rows": list,
+    "validation": dict,
+    "thresholds": dict,
+    "best_dice": float,
+    "rng": torch.Tensor,
+    "rng_cuda": list,
+}
 SAVED = re.compile(r"(?:model|state)-(\d+)")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
@@ -188,9 +197,11 @@ def read_training(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a run folder that has it") from error
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        missing = STATE_KEYS - set(content)
-        if missing:
-            raise ValueError(f"without {', '.join(missing)}")
+        for key, kind in STATE_TYPES.items():
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} is {content[key]!r}")
+        if not all(row.keys() >= content["rows"][0].keys() for row in content["rows"]):
+            raise ValueError("not one value per epoch")
     except Exception as error:  # torch.load raises nearly anything on a broken file
         raise InputError(f"{path}: is no state of a training ({type(error).__name__}); give another run") from error
     return content
@@ -199,21 +210,21 @@ def read_training(path: Path) -> dict:
 def restore(state: TrainingState, content: dict) -> None:
     """Put what `save` wrote back into a state whose model has the saved widths; random states included.
 
-    Raises InputError if the optimizer's state is not that of this model.
+    Raises InputError if the optimizer's state is not that of this model, or the others are not what `save` writes.
     """
     try:
         state.optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
+        state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
+        torch.set_rng_state(content["rng"])
+        if content["rng_cuda"] and torch.cuda.device_count() == len(content["rng_cuda"]):
+            torch.cuda.set_rng_state_all(content["rng_cuda"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"state-{content['epoch']}: is not of this model; give those of one epoch") from error
     for parameter, values in state.optimizer.state.items():
         if any(value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)):
             raise InputError(f"state-{content['epoch']}: does not fit the widths of the model; give those of one epoch")
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
-    state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
     state.best_dice = content["best_dice"]
-    torch.set_rng_state(content["rng"])
-    if content["rng_cuda"] and torch.cuda.device_count() == len(content["rng_cuda"]):
-        torch.cuda.set_rng_state_all(content["rng_cuda"])
 
 
 def save_history(state: TrainingState) -> None:

@@ -21,7 +21,7 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
     except FileNotFoundError:
         lines = []
     for line in lines:
-        if match := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line):
+        if match := re.fullmatch(r"([0-9a-f]{64})  ([^\s/]+)", line):
             sums.setdefault(match[2], []).append(match[1])
     return sums
 

@@ -220,8 +220,10 @@ def read_model_summary(folder: Path) -> dict | None:
     try:
         summary = json.loads(path.read_text())
         for size in SIZES:
-            _share_left(summary[size])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            now, unpruned = summary[size]["now"], summary[size]["unpruned"]
+            if not all(type(number) is int and 0 <= number < 2**63 for number in (now, unpruned or 0)):
+                raise ValueError(f"{size} is no whole number")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); predict again or delete it") from error
     return summary
 

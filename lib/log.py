@@ -8,6 +8,10 @@ from tqdm import tqdm
 from lib.error import InputError
 
 
+def no_log(_text: str) -> None:
+    """The log of a process that has none."""
+
+
 class Log:
     """Call it with a line of text. Progress bars on the screen stay whole; lines in the file carry the time."""
 

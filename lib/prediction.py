@@ -82,7 +82,7 @@ def check_same_model(folder: Path, source: Path) -> None:
     """Raise InputError if the predictions in `folder` come from another model than that of the file `source`."""
     try:
         other = json.loads((folder / "model.json").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # not known
     if other != str(source.resolve()):
         raise InputError(f"{folder}: holds predictions of {other}; give --overwrite or another --output")

@@ -1,5 +1,6 @@
 """The training loop: train, validate, and what the callbacks do at the end of each epoch."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NoReturn
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib import distributed
 from lib.callback import Callback
 from lib.checkpoint import TrainingState
 from lib.data.BaseDataset import BaseDataset
@@ -49,7 +51,8 @@ def fit(
     amp: bool = False,
 ) -> None:
     """Train from the epoch after `state.epoch` to `epochs`; `prune` measures delta_prune in each epoch's last batch,
-    `amp` lets the network compute in bfloat16 where that is safe.
+    `amp` lets the network compute in bfloat16 where that is safe. Of several ranks all call each callback, with equal
+    states, and end together where one of them fails or is stopped.
 
     Once the network fits its budget, nothing is left for the distance term to prepare: the segmentation loss alone
     trains the small network.
@@ -66,11 +69,12 @@ def fit(
         if state.validates and epoch % val_interval == 0:
             row["val_loss"], row["val_dice"], scores = validate(state.model, criterion, data, device, amp)
             state.validation[str(epoch)] = {"loss": row["val_loss"], "dice": scores}
-        row["seconds"] = time.perf_counter() - start
+        row["seconds"] = distributed.broadcast_from_main(time.perf_counter() - start)
         state.epoch = epoch
         state.rows.append(row)
         for callback in callbacks:
-            callback(state)
+            with distributed.agreed():
+                callback(state)
 
 
 def train_epoch(
@@ -83,33 +87,47 @@ def train_epoch(
     device: torch.device,
     amp: bool = False,
 ) -> float:
-    """One pass over the training set; returns the mean loss and leaves delta_prune of the last batch in the state."""
+    """One pass over the training set; returns the mean loss and leaves delta_prune of the last batch in the state.
+
+    A rank has its share of each batch. Losses and distances are means over patches, so their means over the ranks,
+    weighted by the shares, are those of the whole batch, and so are the gradients.
+    """
     state.model.train()
+    network = distributed.parallel(state.model)
     total, n_batches = 0.0, data.n_train_batches()
-    with tqdm(total=n_batches, desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False) as bar:
+    with tqdm(
+        total=n_batches, desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False, disable=not distributed.is_main()
+    ) as bar:
         for i, batch in enumerate(data.train_batches(epoch)):
             images, labels = (to_device(batch[key], device) for key in ("image", "label"))
-            loss, measured = compute_loss(state.model, criterion, images, labels, prune and i == n_batches - 1, amp)
-            if not torch.isfinite(loss):
+            share = len(images) / len(batch["id"])
+            if not share:  # the last batch had less patches than there are ranks: one that does not count
+                images, labels = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (images, labels))
+            loss, measured = compute_loss(network, criterion, images, labels, prune and i == n_batches - 1, amp)
+            value = distributed.total(torch.tensor(loss.item() * share, dtype=torch.float64)).item()
+            if not math.isfinite(value):
                 subjects = ", ".join(sorted(set(batch["id"])))
-                _stop(state, f"the loss is {loss.item()} in epoch {epoch}, on images of {subjects}")
+                _stop(state, f"the loss is {value} in epoch {epoch}, on images of {subjects}")
             state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * (share * distributed.world_size())).backward()  # the mean over the ranks follows
             state.optimizer.step()
-            total += loss.item()
+            total += value
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
-            check_stopped()
+            with distributed.agreed():
+                check_stopped()
     if not all(torch.isfinite(parameter).all() for parameter in state.model.parameters()):
         _stop(state, f"the last step of epoch {epoch} left weights that are not finite")
-    state.delta_prune = measured.delta_prune
+    distributed.check_same("the reference maps", [r for _, r in measured.delta_prune.values()])
+    state.delta_prune = {name: (distributed.total(d * share), r) for name, (d, r) in measured.delta_prune.items()}
     return total / n_batches
 
 
 def _stop(state: TrainingState, what: str) -> NoReturn:
     """Raise the InputError that says what is not finite, and what is kept."""
     kept = f"the model of epoch {state.epoch} is kept in {state.folder}" if state.rows else "no epoch was finished"
-    raise InputError(f"{what}; {kept}: look at the images, or try a smaller --lr")
+    with distributed.agreed():
+        raise InputError(f"{what}; {kept}: look at the images, or try a smaller --lr")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -140,25 +158,50 @@ def compute_loss(
 def validate(
     model: nn.Module, criterion: nn.Module, data: BaseDataset, device: torch.device, amp: bool = False
 ) -> tuple[float, list[float | None], dict[str, list[float | None]]]:
-    """Mean loss over the patches, mean Dice per class over the subjects that have it, and Dice by subject and class."""
+    """Mean loss over the patches, mean Dice per class over the subjects that have it, and Dice by subject and class.
+
+    The ranks take turns at the volumes; the result is the same, and all have it.
+    """
     model.eval()
     total, n_patches, scores = 0.0, 0, {}
-    for volume in tqdm(data.validation_volumes(), desc="validation", unit="volume", leave=False):
-        counts = torch.zeros(3, data.n_classes, dtype=torch.int64)
-        for images, labels in zip(
-            volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
-        ):
-            images, labels = to_device(images, device), to_device(labels, device)
-            check_stopped()
-            loss, measured = compute_loss(model, criterion, images, labels, amp=amp)
-            if not torch.isfinite(loss):
-                raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
-            total += loss.item() * len(images)
-            n_patches += len(images)
-            counts += overlap(measured.outputs[0].argmax(1), labels, data.n_classes).cpu()
-        scores[volume["id"]] = [2 * tp / (p + t) if p + t else None for tp, p, t in counts.T.tolist()]
+    volumes = iter(
+        tqdm(
+            data.validation_volumes(), desc="validation", unit="volume", leave=False, disable=not distributed.is_main()
+        )
+    )
+    while True:
+        with distributed.agreed():
+            volume = next(volumes, None)
+            measured = volume and _validate_volume(model, criterion, volume, data, device, amp)
+        round_ = [one for one in distributed.gather(measured) if one]
+        if not round_:
+            break
+        for one in round_:
+            scores[one["id"]] = one["dice"]
+            for loss, n in one["losses"]:
+                total += loss * n
+                n_patches += n
     by_class = [[d for d in dice if d is not None] for dice in zip(*scores.values(), strict=True)]
     return total / n_patches, [sum(dice) / len(dice) if dice else None for dice in by_class], scores
+
+
+def _validate_volume(
+    model: nn.Module, criterion: nn.Module, volume: dict, data: BaseDataset, device: torch.device, amp: bool
+) -> dict:
+    """{"id", "dice": by class, "losses": (loss, number of patches) of each part of the volume}."""
+    losses, counts = [], torch.zeros(3, data.n_classes, dtype=torch.int64)
+    for images, labels in zip(
+        volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
+    ):
+        images, labels = to_device(images, device), to_device(labels, device)
+        check_stopped()
+        loss, measured = compute_loss(model, criterion, images, labels, amp=amp)
+        if not torch.isfinite(loss):
+            raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
+        losses.append((loss.item(), len(images)))
+        counts += overlap(measured.outputs[0].argmax(1), labels, data.n_classes).cpu()
+    dice = [2 * tp / (p + t) if p + t else None for tp, p, t in counts.T.tolist()]
+    return {"id": volume["id"], "dice": dice, "losses": losses}
 
 
 def overlap(prediction: Tensor, truth: Tensor, n_classes: int) -> Tensor:

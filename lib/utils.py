@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from lib import distributed
 from lib.data import DATASETS
 from lib.distance import DISTANCES, IMPORTANCES
 from lib.error import InputError
@@ -26,6 +27,8 @@ from lib.stop import Stopped, stoppable
 
 # Settings that a run may change when it is continued; all others stay what they were.
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
+# What is said where another process of the same training was killed, or its machine is away.
+LOST = "another process of this training has ended, or cannot be reached"
 # Flags that say where to start or continue; they are no settings of a run.
 STARTING = {"epoch_start", "model_state", "history", "resume"}
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
@@ -65,7 +68,7 @@ def one_of(names: Iterable[str]) -> dict:
 def run_script(main: Callable[[], None], after_stop: str = "") -> int:
     """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
     file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
-    on)."""
+    on); 1 where another process of the same training is no more. What ends all ranks, one of them says."""
     name = Path(sys.argv[0]).name
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # we say ourselves what a broken header has
     with stoppable():
@@ -73,13 +76,19 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
             main()
             return 0
         except Stopped as error:
-            print(f"{name}: {error}{after_stop and '; '}{after_stop}", file=sys.stderr)
+            if distributed.is_main():
+                print(f"{name}: {error}{after_stop and '; '}{after_stop}", file=sys.stderr)
             return 128 + error.number
+        except distributed.Elsewhere:
+            return 2
         except InputError as error:
             line = str(error)
         except OSError as error:
             line = f"{error.filename or 'a file'}: {error.strerror or error}; mend this and start again"
         except (MemoryError, RuntimeError) as error:
+            if distributed.is_lost(error):
+                print(f"{name}: error: rank {distributed.rank()}: {LOST}; go on with --resume RUN", file=sys.stderr)
+                return 1
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
             line = "not enough memory; try a smaller --batch_size or --patch_size"
@@ -217,7 +226,7 @@ def _parser() -> Parser:
     add(
         data,
         "--num_workers",
-        "processes that load data, 0 for none; results do not depend on it",
+        "processes that load data (for each process of torchrun), 0 for none; results do not depend on it",
         "cores - 1, at most 4",
         type=number(int, 0, 256),
     )
@@ -283,7 +292,7 @@ def _parser() -> Parser:
         **one_of(LOSSES),
     )
     add(training, "--epochs", "number of epochs", type=positive)
-    add(training, "--batch_size", "patches per step", type=positive)
+    add(training, "--batch_size", "patches per step, of all processes together", type=positive)
     add(training, "--val_interval", "validate every so many epochs", type=positive)
     add(training, "--optim", "optimizer", **one_of(["adam", "sgd"]))
     add(
@@ -493,9 +502,23 @@ def read_config(run: Path) -> dict:
         for key, value in settings.items():
             if key in config and config[key] != value:
                 raise InputError(f"{key} is {config[key]!r}")
+        _check_facts(config)
     except InputError as error:
         raise InputError(f"{run / 'config.json'}: is damaged ({error}); name another run") from error
     return config | settings
+
+
+def _check_facts(config: dict) -> None:
+    """Raise InputError where what `facts` wrote, then or when the run was continued, has another type."""
+    continued = config.get("continued", [])
+    if not isinstance(continued, list) or not all(isinstance(times, dict) for times in continued):
+        raise InputError(f"continued is {continued!r}")
+    if not all({"command", "after_epoch"} <= set(times) for times in continued):
+        raise InputError("continued lacks a command or an epoch")
+    for written in (config, *continued):
+        for key, kind in (("command", str), ("machine", str), ("git_revision", str | None), ("versions", dict)):
+            if key in written and not isinstance(written[key], kind):
+                raise InputError(f"{key} is {written[key]!r}")
 
 
 def _flags(config: dict) -> list[str]:
@@ -517,12 +540,24 @@ def _flags(config: dict) -> list[str]:
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not here."""
+    """`auto` takes CUDA, then MPS, then the CPU; of several ranks each takes a GPU of its own.
+
+    Raises InputError for a device that is not here.
+    """
+    alone = distributed.world_size() == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if not alone and name == "cuda" and 0 < torch.cuda.device_count() <= distributed.local_rank():
+        raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here; start as many processes on a machine")
+    if not alone and name not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: of several processes each takes a GPU of its own; give cuda, or cpu")
+    if not alone and name == "cuda":
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if not alone and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
     return device
@@ -534,9 +569,10 @@ def facts() -> dict:
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
+    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{processes}",
         "git_revision": revision.stdout.strip() or None,
     }

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from lib.error import InputError
+from lib.stop import check_stopped
 
 
 def start_worker(initialize: Callable[[], None] | None = None) -> None:
@@ -39,6 +40,7 @@ def worker_pool(
     try:
         yield pool
     except BrokenProcessPool as error:
+        check_stopped()  # a signal to the whole process group ends the workers at once
         raise InputError(f"one of {n} processes was killed (out of memory?)") from error
     finally:
         pool.shutdown(cancel_futures=True)

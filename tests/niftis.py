@@ -43,3 +43,16 @@ def assert_same_grid(path, original_path, shape=None):
     assert image.header.get_xyzt_units() == original.header.get_xyzt_units()
     assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(original.affine)
     assert image.dataobj.slope == 1 and image.dataobj.inter == 0 and image.header["cal_max"] == 0
+
+
+def write_patients(folder, patients):
+    """A tiny ACDC: one frame each of 20 x 20 x 2 voxels, three rectangles."""
+    for patient in patients:
+        rng = np.random.default_rng(patient)
+        label = np.zeros((20, 20, 2), np.uint8)
+        for value, (x, y) in enumerate(rng.integers(2, 12, (3, 2)), start=1):
+            label[x : x + 6, y : y + 6] = value
+        place = folder / f"patient{patient:03}"
+        place.mkdir(parents=True)
+        for array, end in ((label * 50 + rng.normal(0, 5, label.shape).astype("f4"), ""), (label, "_gt")):
+            nib.save(nib.Nifti1Image(array, np.diag([1.25, 1.25, 10, 1])), place / f"{place.name}_frame01{end}.nii.gz")

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,23 +18,35 @@ CONTEXT.set_forkserver_preload(["train", "predict", "torch._inductor"])
 TARGETS = {
     "prepare": ("lib.data.BaseDataset", "BaseDataset.prepare"),
     "epoch": ("lib.trainer", "train_epoch"),
+    "validation": ("lib.trainer", "validate"),
     "checkpoint": ("lib.checkpoint", "save"),
     "prediction": ("predict", "predict_file"),
     "writing": ("predict", "save"),
 }
 
 
+PATIENCE = 300  # seconds: no test waits for so long but on a machine that is busy with other things
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
 @dataclass
 class Fault:
-    """At the `nth` call of `target`: a signal to the process itself after `delay` seconds, or at the call's
-    end if that comes first; or `limit` (no file may grow any more), `full` (the disk that holds the file `path` fills
-    up) or `wait` (until the file `path` is there)."""
+    """At the `nth` call of `target`: a signal to the process itself (`group`: to all of its group) after `delay`
+    seconds, or at the call's end if that comes first; or `limit` (no file may grow any more), `full` (the disk that
+    holds the file `path` fills up), `wait` (until the file `path` is there) or `delete` (it)."""
 
     target: str
     nth: int = 1
     delay: float = 0.0
     action: int | str = signal.SIGKILL
     path: Path | None = None
+    group: bool = False
     timer: threading.Timer | None = None
 
     def happen(self) -> None:
@@ -49,14 +62,19 @@ class Fault:
         elif self.action == "wait":
             while not self.path.exists():
                 time.sleep(0.01)
+        elif self.action == "delete":
+            self.path.unlink()
         else:
-            self.timer = threading.Timer(self.delay, os.kill, (os.getpid(), self.action))
+            self.timer = threading.Timer(self.delay, self.send)
             self.timer.start()
 
     def end(self) -> None:
         if self.timer and not self.timer.finished.is_set():
             self.timer.cancel()
-            os.kill(os.getpid(), self.action)
+            self.send()
+
+    def send(self) -> None:
+        (os.killpg if self.group else os.kill)(os.getpid(), self.action)
 
 
 def _patch(target: str, before=None, after=None) -> None:
@@ -80,7 +98,16 @@ def _patch(target: str, before=None, after=None) -> None:
     setattr(owner, name, patched)
 
 
-def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times: Path | None) -> None:
+def _main(
+    script: str,
+    argv: list[str],
+    output: Path,
+    fault: Fault | None,
+    times: Path | None,
+    environment: dict[str, str],
+    prepare: Callable[[], None] | None,
+) -> None:
+    os.environ.update(environment)
     with open(output, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -91,6 +118,8 @@ def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times
 
     torch.set_num_threads(1)
     lib.callback.training_settled = lambda *_: True  # prune from the first epoch on
+    if prepare:
+        prepare()
     if fault:
         calls = iter(range(1, 10**6))
         _patch(fault.target, lambda: fault.happen() if next(calls) == fault.nth else None, lambda _: fault.end())
@@ -104,13 +133,22 @@ def _main(script: str, argv: list[str], output: Path, fault: Fault | None, times
 
 
 class Script:
-    """A running script; `fault` is what happens to it, `times` a file for the seconds that each target takes."""
+    """A running script; `fault` is what happens to it, `times` a file for the seconds that each target takes;
+    `environment` holds more variables, `prepare` is called first."""
 
     def __init__(
-        self, script: str, argv: list, output: Path, fault: Fault | None = None, times: Path | None = None
+        self,
+        script: str,
+        argv: list,
+        output: Path,
+        fault: Fault | None = None,
+        times: Path | None = None,
+        environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.output = output
-        self.process = CONTEXT.Process(target=_main, args=(script, [*map(str, argv)], output, fault, times))
+        args = (script, [*map(str, argv)], output, fault, times, environment or {}, prepare)
+        self.process = CONTEXT.Process(target=_main, args=args)
         self.process.start()
 
     @property
@@ -119,13 +157,10 @@ class Script:
 
     def end(self) -> int:
         """Wait for the end; the exit code, or minus the signal."""
-        self.process.join(120)
+        self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"still running: {self.text}"
         return self.process.exitcode
 
     def wait_for(self, text: str) -> None:
-        for _ in range(6000):
-            if text in self.text:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"no {text!r} in {self.text}")
+        wait_until(lambda: text in self.text or not self.process.is_alive())
+        assert text in self.text, f"no {text!r} in {self.text}"

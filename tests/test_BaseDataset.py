@@ -308,6 +308,33 @@ def test_training_slices_are_slices_of_the_volume(folder, cache_path, unchanged)
     assert len(drawn) > 40  # of 80 or so: with replacement
 
 
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_an_image_that_is_its_own_label_stays_so_on_the_way_into_a_batch(dataset, tmp_path, monkeypatch):
+    """Resampled, augmented, cut: but for the borders, where one is interpolated and the other takes the nearest, each
+    voxel of the image still tells its label; moved by two voxels, more of them do not."""
+    monkeypatch.setattr(dataset, "patch_size", (32, 28) if dataset is Tiny2D else (16, 32, 28))
+    truth = np.zeros((24, 36, 30), np.uint8)
+    truth[5:15, 6:22, 8:25] = 1
+    for case in range(10):
+        folder = tmp_path / f"case_{case:02d}"
+        folder.mkdir()
+        affine = np.diag([2.4, 1.7, 1.7, 1.0])
+        nib.save(nib.Nifti1Image(200 * truth.astype("f4"), affine), folder / "image.nii.gz")
+        nib.save(nib.Nifti1Image(truth, affine), folder / "label.nii.gz")
+    data = dataset(tmp_path, tmp_path / "cache", batch_size=8)
+    images, labels = [], []
+    for batch in [*data.train_batches(0), *data.train_batches(1), *data.validation_volumes()]:
+        images += batch["image"][:, 0].unbind()
+        labels += batch["label"].unbind()
+    image, label = torch.stack(images), torch.stack(labels)
+    middle = (image[label == 0].median() + image[label == 1].median()) / 2
+    agreement = ((image > middle) == (label == 1)).float().mean()
+    assert 0.05 < (label == 1).float().mean() < 0.9 and agreement > 0.95
+    for axis in range(1, label.ndim):
+        for shift in (-2, 2):
+            assert ((image > middle) == (label.roll(shift, axis) == 1)).float().mean() < agreement - 0.02
+
+
 def test_validation_is_every_slice_or_a_grid_that_covers(folder, cache_path):
     data = Tiny2D(folder, cache_path, "0.5:0.5")
     volumes = list(data.validation_volumes())

@@ -20,9 +20,10 @@ from lib.data.preprocessing import read_image, read_label
 from lib.error import InputError
 from lib.evaluation import read_labels, read_model_summary
 from lib.filters import read_filters
+from lib.models import load_model
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
-from lib.utils import read_config
+from lib.utils import _parser, read_config
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "16", "16", "--num_workers", "0", "--device", "cpu"]
 PATIENTS = (1, 3, 2)  # with --split 0.9:0.1 and seed 42 two to train on, and one of the test set
@@ -314,6 +315,19 @@ def test_bad_predictions(place, tmp_path, capsys, kind):
     assert written(tmp_path / "out") == []
 
 
+def numeric_flags(parser):
+    """The flags that take numbers: their type was made by `number`."""
+    return [
+        action.option_strings[0] for action in parser._actions if "number." in getattr(action.type, "__qualname__", "")
+    ]
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "1e", ""])
+@pytest.mark.parametrize("flag", numeric_flags(_parser()))
+def test_every_numeric_flag_of_a_training_refuses_what_is_no_sensible_number(capsys, flag, value):
+    assert_refused(train.main(["--data", "acdc", flag, value]), capsys, [flag])
+
+
 def test_the_table_is_long_and_good_input_is_accepted(place, tmp_path):
     assert len(FLAGS) + 2 * len(IMAGES) + len(LABELS) + len(PAIRS) >= 60
     for name in ("train", "predict", "evaluate"):
@@ -377,6 +391,39 @@ def test_a_good_file_with_some_other_bytes(tmp_path, place, name, data):
         content[data.draw(st.integers(0, min(len(content), 600) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / name).write_bytes(gzip.compress(bytes(content)) if name.endswith("gz") else bytes(content))
     read_all(tmp_path / name)
+
+
+CHANGES = {
+    "complex": lambda t: t.to(torch.complex64),
+    "whole": lambda t: t.to(torch.int64),
+    "sparse": lambda t: t.to_sparse(),
+    "without data": lambda t: t.to("meta"),
+    "NaN": lambda t: t + torch.nan,
+    "infinite": lambda t: t + torch.inf,
+    "a number": lambda t: t.sum(),
+    "flat": lambda t: t.flatten(),
+    "cut": lambda t: t[:1],
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, "missing", "other key"])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_model_with_some_other_tensor(tmp_path, place, kind, data):
+    state = torch.load(place / "model", weights_only=True)
+    key = data.draw(st.sampled_from(sorted(state)))
+    tensor = state.pop(key)
+    if kind == "other key":
+        state |= {key: tensor, data.draw(st.integers() | st.text(max_size=3) | st.tuples(st.text())): tensor}
+    elif kind != "missing":
+        state[key] = CHANGES[kind](tensor)
+    if kind == "cut" and tensor.shape[0] == 1 or kind == "flat" and tensor.ndim == 1:
+        return
+    torch.save(state, tmp_path / "model")
+    with pytest.raises(InputError, match=str(tmp_path / "model")) as refused:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(refused.value)
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)

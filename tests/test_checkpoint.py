@@ -2,9 +2,12 @@ import hashlib
 import json
 import os
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lib import checkpoint
 from lib.checkpoint import TrainingState
@@ -146,6 +149,21 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     for optimizer in (torch.optim.Adam(other.parameters()), torch.optim.Adam(list(other.parameters())[:3])):
         with pytest.raises(InputError, match="state-3: .* give those of one epoch"):
             checkpoint.restore(TrainingState(other, optimizer, tmp_path, print), content)
+
+
+OTHER = st.none() | st.integers(-1, 3) | st.floats() | st.text(max_size=3) | st.just(torch.zeros(3))
+VALUES = st.recursive(OTHER, lambda v: st.lists(v, max_size=2) | st.dictionaries(st.text(max_size=3), v, max_size=2))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(sorted(checkpoint.STATE_TYPES)), value=VALUES)
+def test_a_state_with_some_other_value_is_refused_or_restored(tmp_path, key, value):
+    state = make_state(tmp_path)
+    checkpoint.save(state)
+    path = tmp_path / "models" / "state-9"
+    torch.save(torch.load(tmp_path / "models" / "state-3", weights_only=True) | {key: value}, path)
+    with suppress(InputError):
+        checkpoint.restore(state, checkpoint.read_training(path))
 
 
 def test_history_and_filter_files(tmp_path):

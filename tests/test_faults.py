@@ -8,15 +8,14 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from processes import Fault, Script
+from niftis import write_patients
+from processes import PATIENCE, Fault, Script, wait_until
 
 import predict
 import train
@@ -24,18 +23,6 @@ from lib.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
-
-
-def write_patients(folder, patients):
-    for patient in patients:
-        rng = np.random.default_rng(patient)
-        label = np.zeros((20, 20, 2), np.uint8)
-        for value, (x, y) in enumerate(rng.integers(2, 12, (3, 2)), start=1):
-            label[x : x + 6, y : y + 6] = value
-        place = folder / f"patient{patient:03}"
-        place.mkdir(parents=True)
-        for array, end in ((label * 50 + rng.normal(0, 5, label.shape).astype("f4"), ""), (label, "_gt")):
-            nib.save(nib.Nifti1Image(array, np.diag([1.25, 1.25, 10, 1])), place / f"{place.name}_frame01{end}.nii.gz")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +176,15 @@ def test_a_signal_ends_a_training_that_continues_bit_for_bit(tmp_path, whole, nu
     assert_same_run(continue_training(tmp_path, whole), whole)
 
 
+def test_a_signal_to_all_processes_ends_the_preprocessing(tmp_path, whole):
+    """As a terminal, torchrun or a batch system sends it: the processes that preprocess end at once."""
+    fault = Fault("prepare", 1, whole.seconds["prepare"] / 2, signal.SIGTERM, group=True)
+    script = Script("train", whole.train(tmp_path), tmp_path / "log", fault, prepare=os.setsid)
+    assert script.end() == 143, script.text
+    assert script.text.splitlines()[-1].endswith("stopped by SIGTERM") and "Traceback" not in script.text
+    assert_same_run(continue_training(tmp_path, whole), whole)
+
+
 def test_a_signal_ends_a_prediction_that_can_be_finished(tmp_path, whole):
     fault = Fault("prediction", 2, 0, signal.SIGTERM)
     script = Script("predict", whole.predict(tmp_path / "out"), tmp_path / "log", fault)
@@ -203,29 +199,20 @@ def test_ctrl_c_in_a_shell_ends_the_worker_processes_too(tmp_path, whole):
     with open(tmp_path / "log", "w") as log:
         shell = subprocess.Popen([*map(str, argv)], stdout=log, stderr=log, start_new_session=True)
     run = tmp_path / "unnamed" / "acdc" / "1"
-    while not (run / "models" / "state-1").exists():
-        assert shell.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.02)
+    wait_until(lambda: (run / "models" / "state-1").exists() or shell.poll() is not None)
+    assert shell.poll() is None, (tmp_path / "log").read_text()
     os.killpg(shell.pid, signal.SIGINT)  # a terminal sends it to all processes of the foreground
-    assert shell.wait(60) == 130
+    assert shell.wait(PATIENCE) == 130
     text = (tmp_path / "log").read_text()
     assert f"python train.py --resume {run}" in text
     assert "Traceback" not in text
-    for _ in range(200):
-        if not is_running_in(tmp_path):
-            return
-        time.sleep(0.05)
-    raise AssertionError("a process is left")
+    wait_until(lambda: not is_running_in(tmp_path))
 
 
 def test_a_process_that_preprocesses_ends_with_the_one_that_started_it(tmp_path, whole):
     fault = Fault("prepare", 1, whole.seconds["prepare"] / 2)
     assert Script("train", whole.train(tmp_path), tmp_path / "log", fault).end() == -signal.SIGKILL
-    for _ in range(200):
-        if not is_running_in(tmp_path):
-            return
-        time.sleep(0.05)
-    raise AssertionError("a process is left")
+    wait_until(lambda: not is_running_in(tmp_path))
 
 
 def assert_stopped_in_one_line(script, run, epoch, reason):

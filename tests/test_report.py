@@ -4,10 +4,13 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import train
 from lib.data import DATASETS
@@ -238,6 +241,43 @@ def test_what_is_no_run_is_refused_in_one_line(made_up, capsys, file, content, m
     assert message in error
     assert error.count("\n") == 1
     assert sorted(run.rglob("*")) == before
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just([]) | st.just({}) | st.just([[None]])
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    file=st.sampled_from(["config.json", "history.json", "validation_scores.json"]),
+    value=VALUES,
+    depth=st.integers(0, 3),
+    data=st.data(),
+)
+def test_a_run_with_some_other_value_is_refused_or_reported(made_up, tmp_path, file, value, depth, data):
+    good, run = tmp_path / "good", tmp_path / "other"
+    if not good.exists():
+        shutil.copytree(made_up(), good)
+    shutil.copytree(good, run, dirs_exist_ok=True)
+    content = json.loads((run / file).read_text())
+    parent, key = {"": content}, ""
+    for _ in range(depth):
+        child = parent[key]
+        if not isinstance(child, dict | list) or not child:
+            break
+        parent, key = child, data.draw(st.sampled_from(list(child) if isinstance(child, dict) else range(len(child))))
+    parent[key] = value
+    (run / file).write_text(json.dumps(content if key != "" else value))
+    try:
+        found = read_run(run)
+    except InputError as error:
+        assert file in str(error)
+        return
+    for draw in (module.draw_loss, module.draw_dice, module.draw_size, draw_time, draw_filters):
+        with suppress(InputError):  # nothing was validated
+            draw(found)
+    module.page(found, {}, [])
 
 
 def test_no_report_fails_a_training(monkeypatch, tmp_path):

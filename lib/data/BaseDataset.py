@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from lib import distributed
 from lib.data import cache, patches
 from lib.data.augmentation import augmentation
 from lib.data.cache import SubjectFiles
@@ -175,6 +176,9 @@ class BaseDataset:
         """{"image": (B, 1, *patch_size) float32, "label": (B, *patch_size) int64, "id": [B ids]}, B = batch_size but in
         the last batch, which may be smaller.
 
+        Of several ranks each has its share of every batch's images and labels, and all ids; it loads and augments its
+        share of the volumes, whose patches all ranks get. So batches do not depend on the number of ranks.
+
         Each training volume is augmented whole and gives as many random slices as it has (2D; cropped or padded
         centrally to the class's own patch; a smaller patch lies in its centre or, in half of the cases, anywhere) or
         `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed within every
@@ -183,11 +187,12 @@ class BaseDataset:
         self.prepare(["train"])
         generator = torch.Generator().manual_seed(_seed(self.seed_train, epoch))
         volumes = _AugmentedPatches(self, epoch)
+        order = torch.randperm(len(volumes), generator=generator).tolist()
         loaded = iter(
             DataLoader(
                 volumes,
                 batch_size=None,
-                sampler=torch.randperm(len(volumes), generator=generator).tolist(),
+                sampler=order[distributed.rank() :: distributed.world_size()],
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
                 worker_init_fn=_start_loader,
@@ -196,25 +201,50 @@ class BaseDataset:
             )
         )
         image, label, ids = np.empty((0, 1, *self.patch_size), "f4"), np.empty((0, *self.patch_size), "u1"), []
-        while queue := _next(loaded, QUEUE):
+        for start in range(0, len(order), QUEUE):
+            queue = self._queue(loaded, range(start, min(start + QUEUE, len(order))))
             image = np.concatenate([image, *(volume["image"] for volume in queue)])
             label = np.concatenate([label, *(volume["label"] for volume in queue)])
             ids = ids + [volume["id"] for volume in queue for _ in volume["image"]]
-            order = torch.randperm(len(ids), generator=generator).tolist()
+            mixed = torch.randperm(len(ids), generator=generator).tolist()
             n_full = len(ids) // self.batch_size * self.batch_size
-            for start in range(0, n_full, self.batch_size):
-                yield _batch(image, label, ids, order[start : start + self.batch_size])
-            rest = order[n_full:]
+            for first in range(0, n_full, self.batch_size):
+                yield _batch(image, label, ids, mixed[first : first + self.batch_size])
+            rest = mixed[n_full:]
             image, label, ids = image[rest], label[rest], [ids[i] for i in rest]
         if ids:
             yield _batch(image, label, ids, list(range(len(ids))))
 
+    def _queue(self, loaded: Iterator[dict], positions: range) -> list[dict]:
+        """The volumes at these positions of the epoch's order. The ranks take turns at loading them."""
+        turns = [position % distributed.world_size() for position in positions]
+        with distributed.agreed():
+            own = _next(loaded, turns.count(distributed.rank()))
+        if distributed.world_size() == 1:
+            return own
+        heads = distributed.gather([(volume["id"], len(volume["image"])) for volume in own])
+        queue = []
+        for turn in turns:
+            id_, n = heads[turn].pop(0)
+            if turn == distributed.rank():
+                volume = own.pop(0)
+            else:
+                volume = {"image": np.empty((n, 1, *self.patch_size), "f4")}
+                volume |= {"label": np.empty((n, *self.patch_size), "u1"), "id": id_}
+            for key in ("image", "label"):
+                distributed.broadcast(torch.from_numpy(volume[key]), turn)
+            queue.append(volume)
+        return queue
+
     def validation_volumes(self) -> Iterator[dict]:
-        """{"image": (N, 1, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume.
+        """{"image": (N, 1, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume; of
+        several ranks, each has those of its turn.
 
         2D: all slices, cropped or padded centrally; 3D: the fewest evenly spread patches that cover the volume.
         """
-        for subject in self.get("validation"):
+        volumes = self.get("validation")
+        for index in range(distributed.rank(), len(volumes), distributed.world_size()):
+            subject = volumes[index]
             image, label = (patches.fit(subject[key].data, self.patch_size) for key in ("image", "label"))
             starts = patches.grid_starts(image.shape[1:], self.patch_size)
             image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0]))
@@ -296,8 +326,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _batch(image: np.ndarray, label: np.ndarray, ids: list[str], chosen: list[int]) -> dict:
-    images: Tensor = torch.from_numpy(image[chosen])
-    return {"image": images, "label": torch.from_numpy(label[chosen]).long(), "id": [ids[i] for i in chosen]}
+    own = chosen[distributed.share(len(chosen))]
+    images: Tensor = torch.from_numpy(image[own])
+    return {"image": images, "label": torch.from_numpy(label[own]).long(), "id": [ids[i] for i in chosen]}
 
 
 def _unchanged(item: dict) -> dict:

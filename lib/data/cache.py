@@ -35,7 +35,7 @@ def is_fresh(files: SubjectFiles, folder: Path) -> bool:
     try:
         whole = all(np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names)
         return whole and json.loads((folder / "meta.json").read_text())["sources"] == _sources(files)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return False
 
 

@@ -128,7 +128,7 @@ def check_settings(plan: Plan) -> None:
             plan.output.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
         before = dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"--output {plan.output}: cannot be used ({error}); give another folder") from error
     for key, value in settings.items():
         if before.get(key, value) != value:

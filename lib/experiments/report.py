@@ -103,10 +103,12 @@ def read_run(folder: Path) -> Run:
         unpruned = summary(model, tuple(config["patch_size"]))
         file = folder / "history.json"
         history = json.loads(file.read_text())
+        n_classes = DATASETS[config["data"]].n_classes
+        _check_history(history, n_classes)
         n = len(history["epoch"])
-        if n == 0 or any(len(history[key]) != n for key in PER_EPOCH):
-            raise ValueError("not one value per epoch")
-        tau = np.array([[row[name] for row in history.get("tau", [])] for name in widths])
+        tau = np.array([[row[name] for row in history.get("tau", [])] for name in widths], dtype=float)
+        if not np.isfinite(tau).all():
+            raise ValueError("a threshold is no number")
         file = folder / "out_filters"
         names, *lines = (line.split("\t") for line in file.read_text().splitlines())
         filters = np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in widths])
@@ -114,9 +116,36 @@ def read_run(folder: Path) -> Run:
         validated = json.loads(file.read_text())
         newest = max(map(int, validated), default=None)
         scores = validated[str(newest)]["dice"] if validated else {}
-    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        for dice in scores.values():
+            _check_dice(dice, n_classes)
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{file}: is broken ({type(error).__name__}: {error}); mend it or train again") from error
     return Run(folder, config, history, scores, newest, widths, filters, tau, unpruned)
+
+
+def _check_history(history: dict[str, list], n_classes: int) -> None:
+    """Raise ValueError (or TypeError) unless the quantities have one value of their kind per epoch."""
+    n = len(history["epoch"])
+    if n == 0 or any(len(history[key]) != n for key in PER_EPOCH):
+        raise ValueError("not one value per epoch")
+    for key in ("epoch", "parameters", "flops", "filters"):
+        if not all(type(value) is int and 0 < value < 2**53 for value in history[key]):
+            raise ValueError(f"{key} is no whole number")
+    for key in ("train_loss", "seconds", "val_loss"):
+        if not all(_is_number(value) or (value is None and key == "val_loss") for value in history[key]):
+            raise ValueError(f"{key} is no number")
+    for dice in history["val_dice"]:
+        if dice is not None:
+            _check_dice(dice, n_classes)
+
+
+def _check_dice(dice: list[float | None], n_classes: int) -> None:
+    if len(dice) != n_classes or not all(value is None or _is_number(value) for value in dice):
+        raise ValueError("Dice is not one number per class")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
 
 
 def mean_foreground(dice: list[float | None] | None) -> float | None:

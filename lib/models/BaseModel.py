@@ -14,7 +14,8 @@ from lib.error import InputError
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a saved model (a plain `state_dict`) onto the CPU, without running any code that it may hold.
 
-    Raises InputError if it cannot be read, is no model, or the checksum beside it (if any) is another one.
+    Raises InputError if it cannot be read, is no model, holds NaN or infinite weights, or the checksum beside it (if
+    any) is another one.
     """
     try:
         data = read_checked(Path(path))
@@ -26,6 +27,10 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: cannot be read as a saved model ({reason}); give a file models/model-E") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: is no saved model (a state_dict of tensors); give a file models/model-E")
+    for key, value in state.items():
+        ordinary = value.is_floating_point() and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(key, str) or not ordinary or not value.isfinite().all():
+            raise InputError(f"{path}: {key} does not hold finite real numbers; give another file models/model-E")
     return state
 
 

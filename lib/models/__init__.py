@@ -28,7 +28,9 @@ def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
             out[f"dec_ConvTranspose{dim.lower()}_{stage + 1}"] = state[f"decoder.{3 * stage}.weight"].shape[1]
             for i in (1, 2):
                 out[f"dec_ConvBlock_{2 * stage + i}"] = len(state[f"decoder.{3 * stage + i}.seq.0.weight"])
-    except (KeyError, IndexError) as error:
+        if levels < 3:
+            raise IndexError(f"{levels} levels; the third")
+    except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{source}: is no model of nnUNet or Sauron ({error} is missing)") from error
     return {
         "modalities": first.shape[1],
