@@ -82,9 +82,9 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     for place in (folder, folder / "models"):
         checkpoint.sweep(place)
     if run is None:
-        checkpoint.write_json(folder / "config.json", config | facts())
+        checkpoint.write_json(folder / "config.json", config | facts(device))
     else:
-        continued = [*config.get("continued", []), {"after_epoch": epoch} | facts()]
+        continued = [*config.get("continued", []), {"after_epoch": epoch} | facts(device)]
         checkpoint.write_json(folder / "config.json", config | {"continued": continued})
     log(f"run folder: {folder}")
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))

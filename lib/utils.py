@@ -451,15 +451,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def facts() -> dict:
-    """What a run must tell of itself: command, versions, machine, git revision."""
+def facts(device: torch.device | None = None) -> dict:
+    """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision."""
     packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
+    gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}",
         "git_revision": revision.stdout.strip() or None,
     }

@@ -26,7 +26,8 @@ from lib.error import InputError
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
-from lib.utils import number, read_config, run_script
+from lib.stop import check_stopped
+from lib.utils import Parser, number, read_config, run_script
 
 
 def load_sauron(path: Path) -> Sauron:
@@ -184,7 +185,8 @@ def feature_maps(args: argparse.Namespace) -> None:
     prediction = list(found.values())[-1].argmax(0)
     shown = {"image": image[0, 0], "truth": labels, "prediction": prediction}
     inputs = {key: picture(value, place, len(labels)) for key, value in shown.items()}
-    title = f"{subject['id']}, slice {k}"
+    absent = [name for c, name in enumerate(data.class_names) if not (labels == c).any()]
+    title = f"{subject['id']}, slice {k}" + (f" (without {', '.join(absent)})" if absent else "")
 
     output = make_output(args.output or args.run / "feature_maps")
     best, content = {}, {}
@@ -204,6 +206,7 @@ def feature_maps(args: argparse.Namespace) -> None:
             ]
             arrays = [picture(h, place, len(labels)) for h in maps]
             save_figure(draw_block(name, arrays, dice, inputs, data.class_names, title), output / f"{name}.png")
+            check_stopped()
         save_figure(draw_agreement(best, data.class_names, title), output / "agreement.png")
     facts = {"model": str(path), "subject": subject["id"], "slice": k}
     write_json(output / "feature_maps.json", facts | {"blocks": content})
@@ -215,7 +218,7 @@ def feature_maps(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser("python -m lib.experiments.feature_maps", description=__doc__.split("\n")[0])
+    parser = Parser("python -m lib.experiments.feature_maps", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder; its newest model is taken (required)")
     add("--subject", help="id of a subject (default: the first of the test set with ground truth, else of validation)")
@@ -223,8 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, help="folder of the figures (default: RUN/feature_maps)")
     add("--data_path", help="folder of the data set (default: that of the training)")
     add("--cache_path", help="folder for preprocessed volumes (default: that of the training)")
-    args = parser.parse_args(argv)
-    return run_script(lambda: feature_maps(args))
+    return run_script(lambda: feature_maps(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

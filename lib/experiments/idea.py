@@ -5,11 +5,9 @@ delta_prune, and the widths after some epochs of pruning. Only the redundancy is
 untrained one whose filters are noisy copies of a few, as training with delta_opt in the loss would let them become.
 """
 
-import argparse
 import os
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +21,7 @@ from lib.data.phantom import write_phantom
 from lib.error import InputError
 from lib.models import Sauron, summary
 from lib.pruning import filters_to_keep, prune
-from lib.utils import run_script
+from lib.utils import Parser, run_script
 
 TAU, EPOCHS, COPIES, SIZE = 0.3, 20, 4, 64
 GONE, CHOSEN, STAYS, BEFORE = "#D55E00", "#0072B2", "#009E73", "#CCCCCC"  # Okabe and Ito's colours; grey
@@ -31,9 +29,10 @@ GONE, CHOSEN, STAYS, BEFORE = "#D55E00", "#0072B2", "#009E73", "#CCCCCC"  # Okab
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the picture. Returns 0; 2 where it cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(".readme/idea.png"), help="the picture (%(default)s)")
-    return run_script(partial(draw, parser.parse_args(argv).output))
+    parser = Parser("python -m lib.experiments.idea", description="The idea of the paper in one picture.")
+    default = Path(".readme/idea.png")
+    parser.add_argument("--output", type=Path, default=default, help="the picture (default: %(default)s)")
+    return run_script(lambda: draw(parser.parse_args(argv).output))
 
 
 def draw(output: Path) -> None:
