@@ -58,8 +58,8 @@ def find_subject(data: BaseDataset, wanted: str | None) -> tio.Subject:
 def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | None) -> tuple[Tensor, Tensor, int, int]:
     """(image (1, 1, *patch), labels (*patch) int64, slice of the volume, its place in a 3D patch, else 0).
 
-    2D: this slice along the last axis. 3D: slices are along the first axis, and the patch is the one that has it as
-    near its middle as possible, central on the other axes. By default it is the slice with most foreground.
+    2D: this slice along the last axis. 3D: slices are along the first axis, and the patch has as near its middle as
+    possible this slice and the middle of its foreground. By default it is the slice with most foreground.
     Raises InputError if there is no slice `wanted`.
     """
     flat = len(patch_size) == 2
@@ -69,9 +69,15 @@ def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | N
     k = int(foreground.argmax()) if wanted is None else wanted
     if k >= len(foreground):
         raise InputError(f"--slice {k}: {subject['id']} has the slices 0 to {len(foreground) - 1}")
-    start = [(n - p) // 2 for n, p in zip(image.shape[1:], (*patch_size, 1)[:3], strict=True)]
-    start[axis] = k if flat else min(max(k - patch_size[0] // 2, 0), len(foreground) - patch_size[0])
-    image, label = (patches.cut(volume, patch_size, [tuple(start)]) for volume in (image, label[0]))
+    if flat:
+        start = (0, 0, k)
+    else:
+        voxels = (label[0, k] if foreground[k] else label[0, k] == 0).nonzero()
+        middle = (k, *((voxels.amin(0) + voxels.amax(0) + 1) // 2).tolist())
+        start = tuple(
+            min(max(m - p // 2, 0), n - p) for m, p, n in zip(middle, patch_size, label[0].shape, strict=True)
+        )
+    image, label = (patches.cut(volume, patch_size, [start]) for volume in (image, label[0]))
     return image, label[0].long(), k, k - start[axis]
 
 
