@@ -68,8 +68,8 @@ def test_the_slice_with_most_foreground_is_shown():
         assert np.array_equal(picture(labels[::2], place, 8), labels[place - place % 2])
     wide = subject((8, 20, 20))
     wide.label.data[0, 3, 15, 1] = wide.label.data[0, 3, 18, 2] = 1
-    image, *_ = cut_patch(wide, (8, 4, 4), None)  # the middle of the foreground: 17 of the rows, 2 of the columns
-    assert image[0, 0].equal(wide.image.data[0, :, 15:19, 0:4])
+    image, *_ = cut_patch(wide, (8, 4, 4), None)  # only rows 15-18 and columns 0-3 or 1-4 hold both
+    assert image[0, 0].equal(wide.image.data[0, :, 15:19, 1:5])
     image, *_ = cut_patch(wide, (8, 4, 4), 0)  # no foreground
     assert image[0, 0].equal(wide.image.data[0, :, 8:12, 8:12])
 

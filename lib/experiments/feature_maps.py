@@ -58,8 +58,9 @@ def find_subject(data: BaseDataset, wanted: str | None) -> tio.Subject:
 def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | None) -> tuple[Tensor, Tensor, int, int]:
     """(image (1, 1, *patch), labels (*patch) int64, slice of the volume, its place in a 3D patch, else 0).
 
-    2D: this slice along the last axis. 3D: slices are along the first axis, and the patch has as near its middle as
-    possible this slice and the middle of its foreground. By default it is the slice with most foreground.
+    2D: this slice along the last axis. 3D: slices are along the first axis, and the patch is the one that has it as
+    near its middle as possible and holds most of its foreground; of several, the most central one. By default it is
+    the slice with most foreground.
     Raises InputError if there is no slice `wanted`.
     """
     flat = len(patch_size) == 2
@@ -72,11 +73,12 @@ def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | N
     if flat:
         start = (0, 0, k)
     else:
-        voxels = (label[0, k] if foreground[k] else label[0, k] == 0).nonzero()
-        middle = (k, *((voxels.amin(0) + voxels.amax(0) + 1) // 2).tolist())
-        start = tuple(
-            min(max(m - p // 2, 0), n - p) for m, p, n in zip(middle, patch_size, label[0].shape, strict=True)
-        )
+        size = torch.tensor(patch_size[1:])
+        share = F.avg_pool2d((label[:, k] > 0).double(), patch_size[1:], stride=1)[0]  # by start of the patch
+        best = (share > share.max() - 0.5 / size.prod()).nonzero()
+        off_centre = (2 * best + size - torch.tensor(label.shape[2:])).square().sum(1)
+        depth = min(max(k - patch_size[0] // 2, 0), len(foreground) - patch_size[0])
+        start = (depth, *best[off_centre.argmin()].tolist())
     image, label = (patches.cut(volume, patch_size, [start]) for volume in (image, label[0]))
     return image, label[0].long(), k, k - start[axis]
 
@@ -192,7 +194,7 @@ def feature_maps(args: argparse.Namespace) -> None:
     shown = {"image": image[0, 0], "truth": labels, "prediction": prediction}
     inputs = {key: picture(value, place, len(labels)) for key, value in shown.items()}
     absent = [name for c, name in enumerate(data.class_names) if not (labels == c).any()]
-    title = f"{subject['id']}, slice {k}" + (f" (without {', '.join(absent)})" if absent else "")
+    title = f"{subject['id']}, slice {k}" + (f"\n(without {', '.join(absent)})" if absent else "")
 
     output = make_output(args.output or args.run / "feature_maps")
     best, content = {}, {}
