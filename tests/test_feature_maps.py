@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,13 @@ def test_no_validation_image_to_save_maps_of(folder, capsys):
 
 
 def test_bad_input_is_named_in_one_line(folder, tmp_path, capsys):
-    run = str(folder / "run")
+    run, new = str(folder / "run"), folder / "new"
+    new.mkdir()
+    shutil.copy(folder / "run" / "config.json", new)
     for argv, message in [
         (["--run", str(tmp_path)], "is no run folder"),
+        (["--run", str(new)], "has no model"),
+        ([], "the following arguments are required: --run"),
         (["--run", run, "--subject", "patient999_frame01"], "--subject patient999_frame01: is not in phantom"),
         (["--run", run, "--slice", "99"], "--slice 99: "),
     ]:

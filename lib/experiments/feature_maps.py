@@ -30,6 +30,14 @@ from lib.stop import check_stopped
 from lib.utils import Parser, number, read_config, run_script
 
 
+def newest_model(run: Path) -> Path:
+    """The file of a run's newest model. Raises InputError if there is none."""
+    epoch = newest_epoch(run)
+    if epoch is None:
+        raise InputError(f"{run}: has no model (models/model-E) yet; give it an epoch, with train.py --resume")
+    return run / "models" / f"model-{epoch}"
+
+
 def load_sauron(path: Path) -> Sauron:
     """A saved model in eval mode on the CPU, by the published interface. Raises InputError if the file is none."""
     model = Sauron(**architecture(read_state(path), path))
@@ -178,7 +186,7 @@ def draw_agreement(best: dict[str, Tensor], names: tuple[str, ...], title: str) 
 def feature_maps(args: argparse.Namespace) -> None:
     """Draw what `args` asks for. Raises InputError where run, subject or slice are not there."""
     config = read_config(args.run)
-    path = args.run / "models" / f"model-{newest_epoch(args.run)}"
+    path = newest_model(args.run)
     model = load_sauron(path)
     data = DATASETS[config["data"]](
         data_path=args.data_path or config["data_path"],

@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lib.checkpoint import newest_epoch, write_text
+from lib.checkpoint import write_text
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
-from lib.experiments.feature_maps import cut_patch, picture
+from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.models import build_model, load_model, summary
 from lib.utils import Parser, find_device, read_config, run_script
@@ -262,7 +262,7 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
     if missing := [subject for _, subject in chosen if subject not in ids]:
         raise InputError(f"{missing[0]} is not among the data any more")
     volumes = data.get("validation")
-    model = load_model(run.folder / "models" / f"model-{newest_epoch(run.folder)}", device)
+    model = load_model(newest_model(run.folder), device)
 
     n_classes = len(run.classes)
     figure = new_figure(8.4, 2.75 * len(chosen) + 0.3)
