@@ -14,7 +14,17 @@ import train
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.experiments import report as module
-from lib.experiments.report import command, draw_dice, draw_examples, draw_filters, draw_time, main, read_run, report
+from lib.experiments.report import (
+    command,
+    draw_dice,
+    draw_examples,
+    draw_filters,
+    draw_loss,
+    draw_time,
+    main,
+    read_run,
+    report,
+)
 from lib.experiments.report import report_training as report_at_the_end
 from lib.filters import format_filters
 from lib.models import build_model, count_filters, load_model, summary
@@ -169,6 +179,11 @@ def test_the_mean_dice_and_the_epoch_of_model_best(made_up):
     assert (mean.get_label(), star.get_label()) == ("mean", "model-best (epoch 3)")
     assert mean.get_xydata() == pytest.approx(np.array([[1, 0.3], [3, 0.7]]))
     assert star.get_xydata() == pytest.approx(np.array([[3, 0.7]]))
+
+
+def test_the_epochs_that_deleted_filters_are_marked_behind_them(made_up):
+    (lines,) = draw_loss(read_run(made_up())).axes[0].collections
+    assert [segment[:, 0].tolist() for segment in lines.get_segments()] == [[3.5, 3.5]]
 
 
 @pytest.mark.parametrize(("pruning", "validation", "epochs"), [(1, 0, 3), (0, 1, 3), (0, 0, 1)])

@@ -159,9 +159,20 @@ def draw_curves(run: Run, title: str, ylabel: str, curves: dict[str, list[float 
             marker = "o" if len(known) < 30 else None
             style = {"color": COLOURS[k], "linestyle": LINES[k % len(LINES)], "marker": marker, "markersize": 3}
             style |= {"color": "black", "linestyle": "-", "linewidth": 2} if label == "mean" else {}
-            axis.plot(*zip(*known, strict=True), label=label, **style)
+            axis.plot(*zip(*known, strict=True), label=label, clip_on=False, zorder=3, **style)  # a Dice of 0 is seen
     if top:
         axis.set_ylim(0, top)
+    return figure
+
+
+def mark_pruning(run: Run, figure: Figure) -> Figure:
+    """A grey line behind each epoch that ended with fewer filters."""
+    epochs, filters = run.history["epoch"], run.history["filters"]
+    fewer = [e + 0.5 for e, before, now in zip(epochs[1:], filters, filters[1:], strict=False) if now < before]
+    if fewer:
+        axis = figure.axes[0]
+        style = {"color": "#bbbbbb", "linewidth": 1, "zorder": 1}
+        axis.vlines(fewer, 0, 1, transform=axis.get_xaxis_transform(), label="filters deleted", **style)
     return figure
 
 
@@ -173,7 +184,7 @@ def add_legend(figure: Figure) -> Figure:
 
 def draw_loss(run: Run) -> Figure:
     curves = {"training": run.history["train_loss"], "validation": run.history["val_loss"]}
-    return add_legend(draw_curves(run, "Loss", "loss (no unit)", curves, None))
+    return add_legend(mark_pruning(run, draw_curves(run, "Loss", "loss (no unit)", curves, None)))
 
 
 def draw_dice(run: Run) -> Figure:
@@ -182,11 +193,12 @@ def draw_dice(run: Run) -> Figure:
         raise InputError("no epoch was validated")
     curves = {c: [d and d[k] for d in run.history["val_dice"]] for k, c in enumerate(run.classes) if k > 0}
     curves["mean"] = [mean_foreground(dice) for dice in run.history["val_dice"]]
-    figure = draw_curves(run, "Dice on the validation set", "Dice (0 to 1)", curves, 1)
+    figure = mark_pruning(run, draw_curves(run, "Dice on the validation set", "Dice (0 to 1)", curves, 1))
     known = {e: mean for e, mean in zip(run.history["epoch"], curves["mean"], strict=True) if mean is not None}
     if known:
         epoch, mean = max(known.items(), key=lambda pair: pair[1])
-        figure.axes[0].plot(epoch, mean, "k*", markersize=9, label=f"model-best (epoch {epoch})", linestyle="none")
+        style = {"color": "black", "linestyle": "none", "marker": "*", "markersize": 9, "clip_on": False, "zorder": 4}
+        figure.axes[0].plot(epoch, mean, label=f"model-best (epoch {epoch})", **style)
     return add_legend(figure)
 
 
