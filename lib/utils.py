@@ -55,7 +55,7 @@ def one_of(names: Iterable[str]) -> dict:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} Known: {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} (known: {', '.join(names)})")
         return text
 
     return {"type": parse, "metavar": f"{{{','.join(names)}}}"}

@@ -166,13 +166,13 @@ def draw_curves(run: Run, title: str, ylabel: str, curves: dict[str, list[float 
 
 
 def mark_pruning(run: Run, figure: Figure) -> Figure:
-    """A grey line behind each epoch that ended with fewer filters."""
+    """The epochs that ended with fewer filters in grey."""
     epochs, filters = run.history["epoch"], run.history["filters"]
-    fewer = [e + 0.5 for e, before, now in zip(epochs[1:], filters, filters[1:], strict=False) if now < before]
-    if fewer:
-        axis = figure.axes[0]
-        style = {"color": "#bbbbbb", "linewidth": 1, "zorder": 1}
-        axis.vlines(fewer, 0, 1, transform=axis.get_xaxis_transform(), label="filters deleted", **style)
+    fewer = [e for e, before, now in zip(epochs[1:], filters, filters[1:], strict=False) if now < before]
+    style = {"color": "#e2e2e2", "linewidth": 0, "antialiased": False, "zorder": 0}
+    for epoch in fewer:
+        label = "filters deleted" if epoch == fewer[0] else None
+        figure.axes[0].axvspan(epoch - 0.5, epoch + 0.5, label=label, **style)
     return figure
 
 
