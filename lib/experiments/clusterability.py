@@ -244,6 +244,7 @@ def _panels(figure: Figure, results: list[dict]):
         yield axis, key
         axis.set_ylim(*limits)
         if key == "clusters":
+            axis.set_ylim(1, max(2.1, axis.get_ylim()[1]))
             axis.yaxis.set_major_locator(WHOLE())
         axis.xaxis.set_major_locator(WHOLE())
     for axis in axes[-1]:
