@@ -89,7 +89,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
 
     with distributed.agreed():
-        folder = _open_run_folder(run, config, epoch, held) if distributed.is_main() else None
+        folder = _open_run_folder(run, config, epoch, facts(device), held) if distributed.is_main() else None
     folder = Path(distributed.broadcast_from_main(str(folder)))
     log = Log(folder / "log.txt") if distributed.is_main() else no_log
     log(f"run folder: {folder}")
@@ -161,7 +161,7 @@ def _starting_point(args: argparse.Namespace, config: dict, run: Path | None) ->
     return epoch, source, checkpoint.read_training(run / "models" / f"state-{epoch}")
 
 
-def _open_run_folder(run: Path | None, config: dict, epoch: int, held: ExitStack) -> Path:
+def _open_run_folder(run: Path | None, config: dict, epoch: int, machine: dict, held: ExitStack) -> Path:
     """Make the run folder where `run` is none to continue, clear it of what was left there, and write config.json."""
     folder = run or checkpoint.new_run_folder(config)
     if run is None:
@@ -169,9 +169,9 @@ def _open_run_folder(run: Path | None, config: dict, epoch: int, held: ExitStack
     for place in (folder, folder / "models"):
         checkpoint.sweep(place)
     if run is None:
-        checkpoint.write_json(folder / "config.json", config | facts())
+        checkpoint.write_json(folder / "config.json", config | machine)
     else:
-        continued = [*config.get("continued", []), {"after_epoch": epoch} | facts()]
+        continued = [*config.get("continued", []), {"after_epoch": epoch} | machine]
         checkpoint.write_json(folder / "config.json", config | {"continued": continued})
     return folder
 

@@ -59,7 +59,7 @@ def one_of(names: Iterable[str]) -> dict:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} Known: {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} (known: {', '.join(names)})")
         return text
 
     return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
@@ -563,16 +563,17 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def facts() -> dict:
-    """What a run must tell of itself: command, versions, machine, git revision."""
+def facts(device: torch.device | None = None) -> dict:
+    """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision."""
     packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{processes}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}{processes}",
         "git_revision": revision.stdout.strip() or None,
     }

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.spatial.distance import pdist, squareform
@@ -39,6 +39,46 @@ def test_random_maps_are_not_clustered():
     assert 0.2 < found["hopkins"] < 0.8
 
 
+def maps_of(points):
+    """Maps (n, 2, 6) that `measure` sees as these points (n, 2) of the unit square, their distances over sqrt(3): two
+    areas of the values given, and one that holds the minimum and the maximum."""
+    maps = np.zeros((len(points), 2, 6), "f4")
+    maps[..., 0:2], maps[..., 2:4], maps[..., 4] = points[:, :1, None], points[:, 1:, None], 1
+    return maps
+
+
+def test_maps_of_points():
+    points = np.array([[0.1, 0.2], [0.4, 0.6], [0.4, 0.2]])
+    found = pdist(as_points(torch.from_numpy(maps_of(points))))
+    assert found == pytest.approx(np.array([0.5, 0.3, 0.4]) / 3**0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 16), (1, 48)])
+def test_known_points_in_a_plane(seed, n):
+    rng = np.random.default_rng(seed)
+    corners = np.array([[0.1, 0.1], [0.9, 0.1], [0.5, 0.8]])
+    three = measure(maps_of(np.repeat(corners, n // 3, 0) + rng.normal(0, 0.01, (n // 3 * 3, 2))))
+    blob = measure(maps_of(rng.normal(0.5, 0.1, (n, 2)).clip(0, 1)))
+    even = measure(maps_of(rng.random((n, 2))))
+    assert [found["clusters"] for found in (three, blob, even)] == [3, 1, 1]
+    assert three["silhouette"] > 0.95 > 0.6 > max(blob["silhouette"], even["silhouette"])
+    assert three["dip_p"] < 0.001 < 0.3 < min(blob["dip_p"], even["dip_p"])
+    assert three["hopkins"] > 0.9 > 0.8 > max(blob["hopkins"], even["hopkins"]) > 0.3
+
+
+def test_values_counted_by_hand():
+    # after scaling and pooling of these four maps: 0, 1/4, 3/4, 3/4
+    found = measure(np.array([[[2, 2], [2, 2]], [[0, 0], [0, 5]], [[7, 7], [7, 1]], [[7, 1], [7, 7]]], "f4"))
+    assert found["distance"] == pytest.approx((1 / 4 + 3 / 4 + 3 / 4) / 3)
+    # the clusters {0, 1/4} and {3/4, 3/4}: 1 - a/b = 2/3, 1/2, 1, 1
+    assert found["silhouette"] == pytest.approx((2 / 3 + 1 / 2 + 1 + 1) / 4)
+    # n maps each of two kinds: distances of two values, of which the dip is half the smaller share
+    n = 12
+    pairs = np.array([n * (n - 1), n * n]) / (n * (2 * n - 1))
+    two = measure(two_clusters(np.random.default_rng(0), n))
+    assert two["dip"] == pytest.approx(pairs.min() / 2, abs=0.01)
+
+
 @pytest.mark.parametrize("maps", [np.ones((6, 4, 4), "f2"), np.tile(np.eye(4, dtype="f2"), (6, 1, 1))])
 def test_identical_maps_have_finite_values(maps):
     expected = {"dip": 0, "dip_p": 1, "hopkins": 0.5, "silhouette": 0, "clusters": 1, "distance": 0}
@@ -52,6 +92,7 @@ def test_few_maps_have_no_value():
     assert all(value is None for value in measure(maps[:1]).values())
 
 
+@settings(deadline=None, max_examples=50)
 @given(SOME_MAPS)
 def test_points_are_as_far_apart_as_euc_norm_says(maps):
     maps = torch.from_numpy(maps).float()
@@ -61,6 +102,7 @@ def test_points_are_as_far_apart_as_euc_norm_says(maps):
         assert distances[i] == pytest.approx(euc_norm(pair)[0].numpy(), abs=1e-4)
 
 
+@settings(deadline=None, max_examples=30)
 @given(SOME_MAPS)
 def test_any_maps_can_be_measured(maps):
     found = measure(maps)
@@ -130,9 +172,11 @@ def test_bad_input_is_named_in_one_line(run, tmp_path, capsys):
         ([empty], "has no feature maps"),
         ([broken], "cannot be read as feature maps"),
         ([run, "--output", tmp_path / "file"], "cannot be made a folder"),
+        ([run, run, run], "is a third run"),
+        ([], "the following arguments are required: RUN"),
     ]:
         assert main([str(part) for part in argv]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(SystemExit):
-        main([str(run)] * 3)
+        error = capsys.readouterr().err.split("\r")[-1]  # behind the progress bar
+        assert message in error
+        assert error.count("\n") == 1
     assert not (run / "clusterability").exists()

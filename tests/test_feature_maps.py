@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,12 @@ def test_the_slice_with_most_foreground_is_shown():
         assert labels[place].all()
         assert np.array_equal(picture(labels, place, 8), labels[place])
         assert np.array_equal(picture(labels[::2], place, 8), labels[place - place % 2])
+    wide = subject((8, 20, 20))
+    wide.label.data[0, 3, 15, 1] = wide.label.data[0, 3, 18, 2] = 1
+    image, *_ = cut_patch(wide, (8, 4, 4), None)  # only rows 15-18 and columns 0-3 or 1-4 hold both
+    assert image[0, 0].equal(wide.image.data[0, :, 15:19, 1:5])
+    image, *_ = cut_patch(wide, (8, 4, 4), 0)  # no foreground
+    assert image[0, 0].equal(wide.image.data[0, :, 8:12, 8:12])
 
 
 def test_maps_of_a_volume_can_be_drawn():
@@ -134,9 +141,13 @@ def test_no_validation_image_to_save_maps_of(folder, capsys):
 
 
 def test_bad_input_is_named_in_one_line(folder, tmp_path, capsys):
-    run = str(folder / "run")
+    run, new = str(folder / "run"), folder / "new"
+    new.mkdir()
+    shutil.copy(folder / "run" / "config.json", new)
     for argv, message in [
         (["--run", str(tmp_path)], "is no run folder"),
+        (["--run", str(new)], "has no model"),
+        ([], "the following arguments are required: --run"),
         (["--run", run, "--subject", "patient999_frame01"], "--subject patient999_frame01: is not in phantom"),
         (["--run", run, "--slice", "99"], "--slice 99: "),
     ]:

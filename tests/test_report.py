@@ -1,4 +1,5 @@
 import base64
+import html
 import json
 import re
 import shlex
@@ -16,7 +17,17 @@ import train
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.experiments import report as module
-from lib.experiments.report import command, draw_examples, draw_filters, draw_time, main, read_run, report
+from lib.experiments.report import (
+    command,
+    draw_dice,
+    draw_examples,
+    draw_filters,
+    draw_loss,
+    draw_time,
+    main,
+    read_run,
+    report,
+)
 from lib.experiments.report import report_training as report_at_the_end
 from lib.filters import format_filters
 from lib.models import build_model, count_filters, load_model, summary
@@ -80,7 +91,7 @@ def made_up(tmp_path):
         }
         if pruning:
             history["tau"] = [dict.fromkeys(count_filters(model)["out"], 0.1 * epoch) for epoch in range(3)]
-        scores = {"2": {"loss": 2.5, "dice": {"patient001_frame01": [0.9, 0.5, 0.5, 0.5]}}} if validation else {}
+        scores = {"2": {"loss": 2.5, "dice": {"patient001_frame01": [0.9, 0.5, None, 0.75]}}} if validation else {}
         history = {key: values[:epochs] for key, values in history.items()}
         for name, content in (("config", config), ("history", history), ("validation_scores", scores)):
             (run / f"{name}.json").write_text(json.dumps(content))
@@ -150,8 +161,32 @@ def test_the_page_says_what_the_run_has_come_to(made_up):
     assert "not finished: epoch 3 of 4" in page
     assert "0.700 on average in epoch 3 (RV cavity 0.600, myocardium 0.700, LV cavity 0.800)" in page
     assert "92 &#8594; 90 (97.8%)" in page
-    assert "1:02:05 h" in page
+    assert "1:02:05 h for training and validation, 100.0 s for the median epoch" in page
+    assert "DS_CrossEntropyDiceLoss_Distance (lambda = 0.5): summed over the heads" in page
     assert "Not drawn: examples, because the data are not in" in page
+    scores = "<th>patient001_frame01</th><td>0.500</td><td>-</td><td>0.750</td><td>0.625</td>"
+    assert "<details><summary>Dice of every validation subject in epoch 2, best first</summary>" in page
+    assert scores in page
+
+
+def test_a_run_that_is_not_finished_says_how_to_go_on(made_up, trained):
+    folder = made_up()
+    text = html.unescape(re.sub("<.*?>", "", report(folder).read_text()))
+    assert f"To continue it:python train.py --resume {folder}" in text
+    assert "To continue it" not in (trained / "report.html").read_text()
+
+
+def test_the_mean_dice_and_the_epoch_of_model_best(made_up):
+    axis = draw_dice(read_run(made_up())).axes[0]
+    mean, star = axis.lines[-2:]
+    assert (mean.get_label(), star.get_label()) == ("mean", "model-best (epoch 3)")
+    assert mean.get_xydata() == pytest.approx(np.array([[1, 0.3], [3, 0.7]]))
+    assert star.get_xydata() == pytest.approx(np.array([[3, 0.7]]))
+
+
+def test_the_epochs_that_deleted_filters_are_marked(made_up):
+    (area,) = draw_loss(read_run(made_up())).axes[0].patches
+    assert (area.get_x(), area.get_width()) == (2.5, 1)
 
 
 @pytest.mark.parametrize(("pruning", "validation", "epochs"), [(1, 0, 3), (0, 1, 3), (0, 0, 1)])

@@ -204,7 +204,10 @@ def test_run_script_turns_bad_input_into_one_line(capsys):
     assert run_script(lambda: None) == 0
 
 
-def test_a_run_explains_itself():
+def test_a_run_explains_itself(monkeypatch):
     found = facts()
     assert found["versions"]["torch"] == torch.__version__
     assert set(found) == {"command", "versions", "machine", "git_revision"}
+    assert facts(torch.device("cpu")) == found
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert facts(torch.device("cuda:1"))["machine"] == found["machine"] + ", GPU 1"

@@ -4,7 +4,6 @@
 clusterability.json, clusterability.md, curves.png and heatmaps.png of RUN, and with RUN2 comparison.png of both.
 """
 
-import argparse
 import sys
 from functools import partial
 from itertools import starmap
@@ -28,21 +27,24 @@ from lib.distance import SMALLEST_RANGE, euc_norm
 from lib.error import InputError
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import nnUNet
-from lib.utils import read_config, run_script
+from lib.stop import check_stopped
+from lib.utils import Parser, read_config, run_script
 
-# by key: the title of its panels, the limits of its axis, and whether small values mean clustered
+# by key: the title of its panels, what its axis shows, the limits of it, and whether small values mean clustered
 MEASURES = {
-    "dip": ("Hartigan's dip of the distances", (0, None), False),
-    "dip_p": ("p-value of the dip", (0, 1), True),
-    "hopkins": ("Hopkins statistic", (0, 1), False),
-    "silhouette": ("mean silhouette of the best k", (0, 1), False),
-    "clusters": ("number of clusters", (1, None), False),
-    "distance": ("mean distance to map 1", (0, None), True),
+    "dip": ("Hartigan's dip of the distances", "dip (no unit)", (0, None), False),
+    "dip_p": ("p-value of the dip", "p (0 to 1)", (0, 1), True),
+    "hopkins": ("Hopkins statistic", "H (0 to 1)", (0, 1), False),
+    "silhouette": ("Mean silhouette of the best k", "silhouette (up to 1)", (0, 1), False),
+    "clusters": ("Number of clusters", "k", (1, None), False),
+    "distance": ("Mean distance to map 1", "distance of maps in [0, 1]", (0, None), True),
 }
 WHOLE = partial(MaxNLocator, integer=True, min_n_ticks=1)  # ticks at whole numbers only
 MOST_CLUSTERS = 8
 NO_STRUCTURE = 0.25  # Kaufman and Rousseeuw (1990): a mean silhouette up to this shows no substantial structure
+REFERENCES = 5  # draws of points without clusters
 LINES = {"dip_p": 0.05, "hopkins": 0.5, "silhouette": NO_STRUCTURE}  # on the other side of these: clusters
+LINES_TEXT = f"dotted: p = 0.05; H of evenly spread points; largest silhouette without structure ({NO_STRUCTURE})"
 MOST_DISTANCES = 72_000  # the table of the dip's p-values ends here
 TEXT = """\
 Each map is scaled to [0, 1] and average-pooled by 2, as in `delta_opt`; its distance to another one is the root mean
@@ -53,7 +55,8 @@ square of their difference. Layers of fewer than 4 maps have no value but the la
   towards 1 the more clustered, below 0.5 where single maps lie far from all others. One Gaussian cloud has 0.5 with 16
   maps and 0.8 with 128: compare epochs and runs, not layers of different width.
 - **silhouette**: mean silhouette of the best k-means clustering of 2 to {most} clusters.
-- **clusters**: the k of that clustering; 1 where the silhouette is at most {least}.
+- **clusters**: the k of that clustering; 1 where its silhouette is at most {least}, or where one of {draws} draws of
+  evenly spread points of the same extent reaches it, too.
 - **distance**: mean distance of the maps to the layer's first map: what the loss term makes small.
 """
 
@@ -91,17 +94,33 @@ def hopkins(points: np.ndarray, seed: int = 0, draws: int = 20) -> float:
     return float(u / (u + w)) if u + w > 0 else 0.5
 
 
-def best_clustering(points: np.ndarray, distances: np.ndarray) -> tuple[float, int]:
-    """(mean silhouette, k) of the k-means clustering of the largest one, k from 2 to `MOST_CLUSTERS`.
-
-    points (n, d), n > 2; distances (n, n). k is 1 where that silhouette shows no structure; (0, 1) for equal points.
-    """
-    found = [(0.0, 1)]
+def largest_silhouette(points: np.ndarray, n_init: int) -> tuple[float, int]:
+    """(mean silhouette, k) of the k-means clustering of the largest one, k from 2 to `MOST_CLUSTERS`; the best of
+    `n_init` starts. points (n, d), n > 2; (0, 1) for equal points, and where no clustering is better than 0."""
+    found, distances = [(0.0, 1)], squareform(pdist(points))
     for k in range(2, min(MOST_CLUSTERS, len(np.unique(points, axis=0)), len(points) - 1) + 1):
-        labels = KMeans(k, n_init=3, random_state=0).fit_predict(points)
+        labels = KMeans(k, n_init=n_init, random_state=0).fit_predict(points)
         found.append((float(silhouette_score(distances, labels, metric="precomputed")), k))
-    silhouette, k = max(found, key=lambda pair: pair[0])
-    return silhouette, k if silhouette > NO_STRUCTURE else 1
+    return max(found, key=lambda pair: pair[0])
+
+
+def best_clustering(points: np.ndarray) -> tuple[float, int]:
+    """`largest_silhouette` of principal components (n, d), n > 2; k is 1 where that silhouette shows no clusters.
+
+    k-means cuts even one cloud into parts, the more so the fewer dimensions it has: 0.45 and four parts for a square.
+    So there are clusters only where the silhouette is above that of `REFERENCES` draws of as many points, uniform in
+    the bounding box of the principal components (the reference of the gap statistic: Tibshirani, Walther and Hastie,
+    2001).
+    """
+    silhouette, k = largest_silhouette(points, 3)
+    if silhouette <= NO_STRUCTURE:
+        return silhouette, 1
+    rng = np.random.default_rng(0)
+    for _ in range(REFERENCES):
+        uniform = rng.uniform(points.min(0), points.max(0), points.shape)
+        if largest_silhouette(uniform, 1)[0] >= silhouette:
+            return silhouette, 1
+    return silhouette, k
 
 
 def measure(maps: np.ndarray) -> dict[str, float | int | None]:
@@ -114,7 +133,7 @@ def measure(maps: np.ndarray) -> dict[str, float | int | None]:
         points = as_points(maps)
         distances = pdist(points)
         found["hopkins"] = hopkins(points[:, :2])
-        found["silhouette"], found["clusters"] = best_clustering(points, squareform(distances))
+        found["silhouette"], found["clusters"] = best_clustering(points)
         if len(distances) > MOST_DISTANCES:
             distances = np.random.default_rng(0).choice(distances, MOST_DISTANCES, replace=False)
         found["dip"], found["dip_p"] = diptest(distances)
@@ -134,8 +153,10 @@ def measure_run(run: Path) -> dict:
     existing = [path for row in files for path in row if path.exists()]
     if not existing:
         raise InputError(f"{run}: has no feature maps (fms/epoch-E/BLOCK.npy); train with --save_fms")
-    with tqdm(existing, f"measuring {run}", unit="layer", leave=False) as bar:
-        found = {path: measure(_read(path)) for path in bar}
+    found = {}
+    for path in tqdm(existing, f"measuring {run}", unit="layer", leave=False):
+        found[path] = measure(_read(path))
+        check_stopped()
     weight = config["lambda_"] if config["loss"].endswith("_Distance") else 0
     return {
         "run": str(run),
@@ -196,7 +217,8 @@ def as_text(results: list[dict]) -> str:
         for result in results
         for i in sorted({0, len(result["epochs"]) - 1})
     ]
-    lines = ["# Clusterability of the feature maps", "", TEXT.format(most=MOST_CLUSTERS, least=NO_STRUCTURE)]
+    text = TEXT.format(most=MOST_CLUSTERS, least=NO_STRUCTURE, draws=REFERENCES)
+    lines = ["# Clusterability of the feature maps", "", text]
     lines += ["## Mean over the layers", "", *table("run", means)]
     for result in results:
         last = [_array(result, key)[:, -1] for key in MEASURES]
@@ -213,8 +235,8 @@ def _panels(figure: Figure, results: list[dict]):
     """One axis per measure, labelled: yields (axis, key)."""
     axes = figure.subplots(2, 3, sharex=True)
     epochs = [epoch for result in results for epoch in result["epochs"]]
-    for axis, (key, (title, limits, _)) in zip(axes.flat, MEASURES.items(), strict=True):
-        axis.set(title=title, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
+    for axis, (key, (title, label, limits, _)) in zip(axes.flat, MEASURES.items(), strict=True):
+        axis.set(title=title, ylabel=label, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         if key in LINES:
@@ -222,10 +244,12 @@ def _panels(figure: Figure, results: list[dict]):
         yield axis, key
         axis.set_ylim(*limits)
         if key == "clusters":
+            axis.set_ylim(1, max(2.1, axis.get_ylim()[1]))
             axis.yaxis.set_major_locator(WHOLE())
         axis.xaxis.set_major_locator(WHOLE())
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
+    figure.supxlabel(LINES_TEXT, fontsize=8)
 
 
 def draw_curves(result: dict) -> Figure:
@@ -258,11 +282,11 @@ def draw_heatmaps(result: dict) -> Figure:
     edges = np.concatenate([[epochs[0] - half], (epochs[1:] + epochs[:-1]) / 2, [epochs[-1] + half]])
     figure = new_figure(11, 2.2 + 0.32 * n)
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axis, (key, (title, (low, high), small)) in zip(axes.flat, MEASURES.items(), strict=True):
+    for axis, (key, (title, label, (low, high), small)) in zip(axes.flat, MEASURES.items(), strict=True):
         colours = matplotlib.colormaps["viridis_r" if small else "viridis"].with_extremes(bad="#DDDDDD")
         values = np.ma.masked_invalid(_array(result, key))
         image = axis.pcolormesh(edges, np.arange(n + 1) - 0.5, values, cmap=colours, vmin=low, vmax=high)
-        figure.colorbar(image, ax=axis, pad=0.02, ticks=WHOLE() if key == "clusters" else None)
+        figure.colorbar(image, ax=axis, pad=0.02, label=label, ticks=WHOLE() if key == "clusters" else None)
         axis.axhline(_deepest(result) + 0.5, color="white", linewidth=1.5)
         axis.set_title(title)
         axis.xaxis.set_major_locator(WHOLE())
@@ -279,7 +303,7 @@ def draw_heatmaps(result: dict) -> Figure:
 
 
 def draw_comparison(results: list[dict]) -> Figure:
-    """Every measure over the epochs: the mean over the layers of each run, in a band of their middle half."""
+    """Every measure over the epochs: the mean over the layers of each run, in a band of their middle half (but k)."""
     figure = new_figure(10, 5.5)
     for axis, key in _panels(figure, results):
         for result, colour in zip(results, COLOURS, strict=False):
@@ -287,25 +311,28 @@ def draw_comparison(results: list[dict]) -> Figure:
             some = np.isfinite(values).any(0)
             low, high = np.nanquantile(values[:, some], (0.25, 0.75), axis=0)
             epochs = np.array(result["epochs"])
-            axis.fill_between(epochs[some], low, high, color=colour, alpha=0.2, linewidth=0)
+            if key != "clusters":  # whole numbers: a band would say nothing
+                axis.fill_between(epochs[some], low, high, color=colour, alpha=0.2, linewidth=0)
             axis.plot(epochs, _mean(values), color=colour, linewidth=2, marker="o", markersize=3, label=result["label"])
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(results), frameon=False)
-    figure.supylabel("mean over the layers (band: their middle half)", fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure.supxlabel(f"lines: mean over the layers; bands: their middle half; {LINES_TEXT}", fontsize=8)
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.experiments.clusterability", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("python -m lib.experiments.clusterability", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="one or two folders of runs with --save_fms")
     parser.add_argument("--output", type=Path, help="folder of tables and figures (default: RUN/clusterability)")
-    args = parser.parse_args(argv)
-    if len(args.run) > 2:
-        parser.error("give one run, or two to compare")
-    return run_script(lambda: clusterability(args.run, args.output))
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        if len(args.run) > 2:
+            parser.error(f"{args.run[2]}: is a third run; give one run, or two to compare")
+        clusterability(args.run, args.output)
+
+    return run_script(run)
 
 
 if __name__ == "__main__":

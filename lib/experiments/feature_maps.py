@@ -26,7 +26,16 @@ from lib.error import InputError
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
-from lib.utils import number, read_config, run_script
+from lib.stop import check_stopped
+from lib.utils import Parser, number, read_config, run_script
+
+
+def newest_model(run: Path) -> Path:
+    """The file of a run's newest model. Raises InputError if there is none."""
+    epoch = newest_epoch(run)
+    if epoch is None:
+        raise InputError(f"{run}: has no model (models/model-E) yet; give it an epoch, with train.py --resume")
+    return run / "models" / f"model-{epoch}"
 
 
 def load_sauron(path: Path) -> Sauron:
@@ -58,7 +67,8 @@ def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | N
     """(image (1, 1, *patch), labels (*patch) int64, slice of the volume, its place in a 3D patch, else 0).
 
     2D: this slice along the last axis. 3D: slices are along the first axis, and the patch is the one that has it as
-    near its middle as possible, central on the other axes. By default it is the slice with most foreground.
+    near its middle as possible and holds most of its foreground; of several, the most central one. By default it is
+    the slice with most foreground.
     Raises InputError if there is no slice `wanted`.
     """
     flat = len(patch_size) == 2
@@ -68,9 +78,16 @@ def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | N
     k = int(foreground.argmax()) if wanted is None else wanted
     if k >= len(foreground):
         raise InputError(f"--slice {k}: {subject['id']} has the slices 0 to {len(foreground) - 1}")
-    start = [(n - p) // 2 for n, p in zip(image.shape[1:], (*patch_size, 1)[:3], strict=True)]
-    start[axis] = k if flat else min(max(k - patch_size[0] // 2, 0), len(foreground) - patch_size[0])
-    image, label = (patches.cut(volume, patch_size, [tuple(start)]) for volume in (image, label[0]))
+    if flat:
+        start = (0, 0, k)
+    else:
+        size = torch.tensor(patch_size[1:])
+        share = F.avg_pool2d((label[:, k] > 0).double(), patch_size[1:], stride=1)[0]  # by start of the patch
+        best = (share > share.max() - 0.5 / size.prod()).nonzero()
+        off_centre = (2 * best + size - torch.tensor(label.shape[2:])).square().sum(1)
+        depth = min(max(k - patch_size[0] // 2, 0), len(foreground) - patch_size[0])
+        start = (depth, *best[off_centre.argmin()].tolist())
+    image, label = (patches.cut(volume, patch_size, [start]) for volume in (image, label[0]))
     return image, label[0].long(), k, k - start[axis]
 
 
@@ -169,7 +186,7 @@ def draw_agreement(best: dict[str, Tensor], names: tuple[str, ...], title: str) 
 def feature_maps(args: argparse.Namespace) -> None:
     """Draw what `args` asks for. Raises InputError where run, subject or slice are not there."""
     config = read_config(args.run)
-    path = args.run / "models" / f"model-{newest_epoch(args.run)}"
+    path = newest_model(args.run)
     model = load_sauron(path)
     data = DATASETS[config["data"]](
         data_path=args.data_path or config["data_path"],
@@ -184,7 +201,8 @@ def feature_maps(args: argparse.Namespace) -> None:
     prediction = list(found.values())[-1].argmax(0)
     shown = {"image": image[0, 0], "truth": labels, "prediction": prediction}
     inputs = {key: picture(value, place, len(labels)) for key, value in shown.items()}
-    title = f"{subject['id']}, slice {k}"
+    absent = [name for c, name in enumerate(data.class_names) if not (labels == c).any()]
+    title = f"{subject['id']}, slice {k}" + (f"\n(without {', '.join(absent)})" if absent else "")
 
     output = make_output(args.output or args.run / "feature_maps")
     best, content = {}, {}
@@ -204,6 +222,7 @@ def feature_maps(args: argparse.Namespace) -> None:
             ]
             arrays = [picture(h, place, len(labels)) for h in maps]
             save_figure(draw_block(name, arrays, dice, inputs, data.class_names, title), output / f"{name}.png")
+            check_stopped()
         save_figure(draw_agreement(best, data.class_names, title), output / "agreement.png")
     facts = {"model": str(path), "subject": subject["id"], "slice": k}
     write_json(output / "feature_maps.json", facts | {"blocks": content})
@@ -215,7 +234,7 @@ def feature_maps(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser("python -m lib.experiments.feature_maps", description=__doc__.split("\n")[0])
+    parser = Parser("python -m lib.experiments.feature_maps", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder; its newest model is taken (required)")
     add("--subject", help="id of a subject (default: the first of the test set with ground truth, else of validation)")
@@ -223,8 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, help="folder of the figures (default: RUN/feature_maps)")
     add("--data_path", help="folder of the data set (default: that of the training)")
     add("--cache_path", help="folder for preprocessed volumes (default: that of the training)")
-    args = parser.parse_args(argv)
-    return run_script(lambda: feature_maps(args))
+    return run_script(lambda: feature_maps(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -5,25 +5,22 @@ delta_prune, and the widths after some epochs of pruning. Only the redundancy is
 untrained one whose filters are noisy copies of a few, as training with delta_opt in the loss would let them become.
 """
 
-import argparse
-import os
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 import nibabel as nib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.data.phantom import write_phantom
-from lib.error import InputError
+from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, summary
 from lib.pruning import filters_to_keep, prune
-from lib.utils import run_script
+from lib.utils import Parser, run_script
 
 TAU, EPOCHS, COPIES, SIZE = 0.3, 20, 4, 64
 GONE, CHOSEN, STAYS, BEFORE = "#D55E00", "#0072B2", "#009E73", "#CCCCCC"  # Okabe and Ito's colours; grey
@@ -31,30 +28,18 @@ GONE, CHOSEN, STAYS, BEFORE = "#D55E00", "#0072B2", "#009E73", "#CCCCCC"  # Okab
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the picture. Returns 0; 2 where it cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(".readme/idea.png"), help="the picture (%(default)s)")
-    return run_script(partial(draw, parser.parse_args(argv).output))
+    parser = Parser("python -m lib.experiments.idea", description="The idea of the paper in one picture.")
+    default = Path(".readme/idea.png")
+    parser.add_argument("--output", type=Path, default=default, help="the picture (default: %(default)s)")
+    return run_script(lambda: draw(parser.parse_args(argv).output))
 
 
 def draw(output: Path) -> None:
     """Write the picture to `output` (PNG). Raises InputError if it cannot be written."""
-    matplotlib.use("Agg")
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
-    temporary = output.parent / f".{output.stem}-{os.getpid()}.png"
-    with torch.random.fork_rng(devices=[]), plt.rc_context(style):
+    with torch.random.fork_rng(devices=[]), matplotlib.rc_context(STYLE):
         torch.manual_seed(0)
-        figure = _figure(_redundant_network(), _slice())
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                figure.savefig(temporary, dpi=150, facecolor="white")
-                os.replace(temporary, output)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"--output {output}: cannot be written ({error.strerror}); give another file") from error
-        finally:
-            plt.close(figure)
+        make_output(output.parent)
+        save_figure(_figure(_redundant_network(), _slice()), output, dpi=150)
 
 
 def _slice() -> Tensor:
@@ -81,7 +66,7 @@ def _redundant_network() -> Sauron:
 
 
 @torch.no_grad()
-def _figure(network: Sauron, image: Tensor) -> plt.Figure:
+def _figure(network: Sauron, image: Tensor) -> Figure:
     """image (1, 1, H, W). The network is pruned on the way."""
     h = network.forward_saveFMs(image)["enc_ConvBlock_1"][0]
     table = [block for block in network.blocks() if not block.head]
@@ -98,7 +83,7 @@ def _figure(network: Sauron, image: Tensor) -> plt.Figure:
     order = delta.argsort().tolist()
     colours = [CHOSEN if c == r else GONE if delta[c] < TAU else STAYS for c in order]
     n_gone = colours.count(GONE)
-    figure = plt.figure(figsize=(9, 3.1), layout="constrained")
+    figure = new_figure(9, 3.1)
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.2, 1.2), wspace=0.04)
     left.suptitle("1  Feature maps of a layer", fontsize=10, fontweight="bold")
     for axis, c, colour in zip(left.subplots(4, 4).flat, order, colours, strict=True):
@@ -110,7 +95,7 @@ def _figure(network: Sauron, image: Tensor) -> plt.Figure:
 
     axis = middle.subplots()
     axis.set_title("2  Distance to a random one, r")
-    axis.bar(range(len(order)), delta[order], width=1, color=colours, edgecolor="white")
+    axis.bar(range(len(order)), delta[order].tolist(), width=1, color=colours, edgecolor="white")
     axis.axhline(TAU, color="black", linestyle="--", linewidth=1)
     axis.text(1.01, TAU, rf"$\tau$ = {TAU}", va="center", transform=axis.get_yaxis_transform())
     for x, y, text, colour in (

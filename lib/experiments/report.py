@@ -4,7 +4,6 @@ The page holds its figures itself and needs no network. train.py writes it at th
 training that was interrupted or is still running.
 """
 
-import argparse
 import base64
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 import numpy as np
@@ -26,14 +26,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lib.checkpoint import newest_epoch, write_text
+from lib.checkpoint import write_text
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
 from lib.error import InputError
-from lib.experiments.feature_maps import cut_patch, picture
+from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.models import build_model, load_model, summary
-from lib.utils import find_device, read_config, run_script
+from lib.utils import Parser, find_device, read_config, run_script
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
@@ -179,23 +179,41 @@ def new_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def draw_curves(run: Run, title: str, ylabel: str, curves: dict[str, list[float | None]], top: float | None) -> Figure:
-    """Curves over epochs, through the values that are there; few of them are marked, so that a single one is seen."""
+    """Curves over epochs, through the values that are there; few of them are marked, so that a single one is seen. One
+    that is called mean is black and thick."""
     figure, axis = new_axes(title, ylabel)
     for k, (label, values) in enumerate(curves.items()):
         known = [(epoch, v) for epoch, v in zip(run.history["epoch"], values, strict=True) if v is not None]
         if known:
             marker = "o" if len(known) < 30 else None
             style = {"color": COLOURS[k], "linestyle": LINES[k % len(LINES)], "marker": marker, "markersize": 3}
-            axis.plot(*zip(*known, strict=True), label=label, **style)
+            style |= {"color": "black", "linestyle": "-", "linewidth": 2} if label == "mean" else {}
+            axis.plot(*zip(*known, strict=True), label=label, clip_on=False, zorder=3, **style)  # a Dice of 0 is seen
     if top:
         axis.set_ylim(0, top)
-    axis.legend(frameon=False)
+    return figure
+
+
+def mark_pruning(run: Run, figure: Figure) -> Figure:
+    """The epochs that ended with fewer filters in grey."""
+    epochs, filters = run.history["epoch"], run.history["filters"]
+    fewer = [e for e, before, now in zip(epochs[1:], filters, filters[1:], strict=False) if now < before]
+    style = {"color": "#e2e2e2", "linewidth": 0, "antialiased": False, "zorder": 0}
+    for epoch in fewer:
+        label = "filters deleted" if epoch == fewer[0] else None
+        figure.axes[0].axvspan(epoch - 0.5, epoch + 0.5, label=label, **style)
+    return figure
+
+
+def add_legend(figure: Figure) -> Figure:
+    """Below the axes, where no curve runs through it."""
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def draw_loss(run: Run) -> Figure:
     curves = {"training": run.history["train_loss"], "validation": run.history["val_loss"]}
-    return draw_curves(run, "Loss", "loss (no unit)", curves, None)
+    return add_legend(mark_pruning(run, draw_curves(run, "Loss", "loss (no unit)", curves, None)))
 
 
 def draw_dice(run: Run) -> Figure:
@@ -203,13 +221,20 @@ def draw_dice(run: Run) -> Figure:
     if not any(run.history["val_dice"]):
         raise InputError("no epoch was validated")
     curves = {c: [d and d[k] for d in run.history["val_dice"]] for k, c in enumerate(run.classes) if k > 0}
-    return draw_curves(run, "Validation", "Dice (0 to 1)", curves, 1)
+    curves["mean"] = [mean_foreground(dice) for dice in run.history["val_dice"]]
+    figure = mark_pruning(run, draw_curves(run, "Dice on the validation set", "Dice (0 to 1)", curves, 1))
+    known = {e: mean for e, mean in zip(run.history["epoch"], curves["mean"], strict=True) if mean is not None}
+    if known:
+        epoch, mean = max(known.items(), key=lambda pair: pair[1])
+        style = {"color": "black", "linestyle": "none", "marker": "*", "markersize": 9, "clip_on": False, "zorder": 4}
+        figure.axes[0].plot(epoch, mean, label=f"model-best (epoch {epoch})", **style)
+    return add_legend(figure)
 
 
 def draw_size(run: Run) -> Figure:
     left = {key: [100 * value / before for value in run.history[key]] for key, before in run.unpruned.items()}
     curves = {f"{key.replace('flops', 'FLOPs')}: {values[-1]:.1f}%": values for key, values in left.items()}
-    return draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105)
+    return add_legend(draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105))
 
 
 def draw_time(run: Run) -> Figure:
@@ -226,9 +251,7 @@ def draw_time(run: Run) -> Figure:
     axis.set(xlabel=f"computation for one patch ({name})", xlim=(0, None), ylim=(0, 1.05 * seconds.max()))
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=WHOLE["steps"]))
     figure.colorbar(points, label="epoch", ticks=MaxNLocator(**WHOLE))
-    if len(set(validated)) == 2:
-        axis.legend(frameon=False, loc="lower right")
-    return figure
+    return add_legend(figure) if len(set(validated)) == 2 else figure
 
 
 def draw_filters(run: Run) -> Figure:
@@ -280,7 +303,7 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
     if missing := [subject for _, subject in chosen if subject not in ids]:
         raise InputError(f"{missing[0]} is not among the data any more")
     volumes = data.get("validation")
-    model = load_model(run.folder / "models" / f"model-{newest_epoch(run.folder)}", device)
+    model = load_model(newest_model(run.folder), device)
 
     n_classes = len(run.classes)
     figure = new_figure(8.4, 2.75 * len(chosen) + 0.3)
@@ -327,6 +350,7 @@ def overview(run: Run) -> dict[str, str]:
         rows["FLOPs for one patch" if key == "flops" else key] = f"{before:,} → {now:,} ({100 * now / before:.1f}%)"
     seconds = round(sum(history["seconds"]))
     rows["time"] = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} h for training and validation"
+    rows["time"] += f", {median(history['seconds']):.1f} s for the median epoch"
     return rows | {"machine": config.get("machine", "unknown")}
 
 
@@ -335,6 +359,21 @@ def table(rows: dict[str, object]) -> str:
     values = {key: " ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in rows.items()}
     cells = (f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in values.items())
     return f"<table>{''.join(cells)}</table>"
+
+
+def subject_table(run: Run) -> str:
+    """The Dice of every subject of the newest validation, best first; to be unfolded. Empty without a validation."""
+    if not run.scores:
+        return ""
+    means = {subject: mean_foreground(dice) for subject, dice in run.scores.items()}
+    ranked = sorted(means, key=lambda subject: -1 if means[subject] is None else means[subject], reverse=True)
+    rows = [["", *run.classes[1:], "mean"]]
+    for subject in ranked:
+        values = [*run.scores[subject][1:], means[subject]]
+        rows.append([subject, *("-" if value is None else f"{value:.3f}" for value in values)])
+    cells = (f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in values) for name, *values in rows)
+    title = f"Dice of every validation subject in epoch {run.scores_epoch}, best first"
+    return f"<details><summary>{title}</summary><table><tr>{'</tr><tr>'.join(cells)}</tr></table></details>"
 
 
 def shell(*lines: str) -> str:
@@ -349,17 +388,20 @@ def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
     small = [html for html in figures.values() if html not in wide]
     typed = [config.get("command", "unknown")]
     typed += [f"{c['command']}  # after epoch {c['after_epoch']}" for c in config.get("continued", [])]
-    settings = {key: value for key, value in config.items() if key not in FACTS}
+    go_on = shlex.join(["python", "train.py", "--resume", str(run.folder)])
+    settings = {key.rstrip("_"): value for key, value in config.items() if key not in FACTS}
     settings |= {"git revision": config.get("git_revision") or "unknown"} | config.get("versions", {})
     body = [
         table(overview(run)),
         "<h2>Training</h2>",
         f'<div class="figures">{"".join(small)}</div>',
         *wide,
+        subject_table(run),
         *(f"<p>{escape(text)}</p>" for text in lacks),
         "<h2>Repeat it</h2>",
         f"<p>With every setting spelled out:</p>{shell(command(config))}",
         f"<p>As it was typed:</p>{shell(*typed)}",
+        *([f"<p>To continue it:</p>{shell(go_on)}"] if run.history["epoch"][-1] < config["epochs"] else []),
         "<h2>Settings</h2>",
         f'<div class="settings">{table(settings)}</div>',
     ]
@@ -375,9 +417,11 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
     """
     run, lacks, html = read_run(folder), [], {}
     device = find_device(device)
+    loss = run.config["loss"]
+    loss += f" (lambda = {run.config['lambda_']:g})" if loss.endswith("_Distance") else ""
     figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
-        "loss": (draw_loss, "Mean over the patches."),
-        "dice": (draw_dice, "Mean over the validation subjects, before the pruning of the epoch."),
+        "loss": (draw_loss, f"{loss}: summed over the heads, mean over the patches."),
+        "dice": (draw_dice, "Each class, and their mean, over the validation subjects; before the epoch's pruning."),
         "size": (draw_size, "After the pruning of the epoch; FLOPs for one patch."),
         "time": (draw_time, "Each epoch by the size of the network that it trained."),
         "filters": (draw_filters, "Rows are the blocks in the order of the forward pass, heads left out."),
@@ -417,14 +461,18 @@ def report_training(folder: Path, device: torch.device, log: Callable[[str], Non
 
 def main(argv: list[str] | None = None) -> int:
     """Report what `argv` names; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser("python -m lib.experiments.report", description=__doc__.split("\n")[0])
+    parser = Parser("python -m lib.experiments.report", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder, of a training that is finished, interrupted or running")
     add("--data_path", help="folder of the data set, for the examples (default: that of the training)")
     add("--cache_path", help="folder for preprocessed volumes (default: that of the training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, for the examples (default: auto)")
-    args = parser.parse_args(argv)
-    return run_script(lambda: print(f"written: {report(args.run, args.data_path, args.cache_path, args.device)}"))
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        print(f"written: {report(args.run, args.data_path, args.cache_path, args.device)}")
+
+    return run_script(run)
 
 
 if __name__ == "__main__":

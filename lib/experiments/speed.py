@@ -44,7 +44,7 @@ from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Measured, Sauron
 from lib.pruning import prune
 from lib.trainer import compute_loss, train_epoch
-from lib.utils import find_device, number, run_script
+from lib.utils import Parser, find_device, number, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = 0.1  # of the FLOPs that a pruned network keeps
@@ -381,7 +381,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
     positive = number(int, 1)
-    parser = argparse.ArgumentParser(prog="lib.experiments.speed", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "python -m lib.experiments.speed",
+        description=__doc__,
+        epilog="`python -m lib.experiments.speed step --help` lists the arguments of step, and so on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = {  # filters of the first level, levels, patch, batch, repeats
         "step": (step, 16, 5, (96, 96), 6, 10),
@@ -411,9 +416,9 @@ def main(argv: list[str] | None = None) -> int:
     commands.choices["data"].add_argument("--volumes", type=positive, default=10, help="in each repeat")
     commands.choices["predict"].add_argument("--images", type=positive, default=1, help="of the test set")
     commands.choices["evaluate"].add_argument("--label", type=Path, help="a label file; None: one of the phantom's")
-    args = parser.parse_args(argv)
 
     def run() -> None:
+        args = parser.parse_args(argv)
         args.device = find_device(args.device)
         args.patch_size = tuple(args.patch_size or DATASETS[args.data].patch_size)
         torch.set_num_threads(args.threads)
