@@ -90,6 +90,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
+    for note in data.notes:
+        log(note)
     log(f"{config['model']} on {device}: weights " + (f"of {source}" if source else "new"))
     for damaged in (later for later in checkpoint.saved_epochs(folder) if later > epoch and args.resume):
         log(f"model or state of epoch {damaged} is damaged; continuing after epoch {epoch}, the newest good one")
