@@ -38,8 +38,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--input",
         type=Path,
-        help="an image, a folder of *.nii.gz and *.nii, or one laid out as the data set, to predict all of it instead "
-        "of a partition; --original and --partition then have no meaning (default: none)",
+        help="an image, a folder of *.nii.gz and *.nii, or one laid out as the data set or one of its subjects, to "
+        "predict all of it instead of a partition; --original and --partition then have no meaning (default: none)",
     )
     add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")

@@ -96,6 +96,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
+    for note in data.notes:
+        log(note)
     processes = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     log(f"{config['model']} on {device}{processes}: weights " + (f"of {source}" if source else "new"))
     for damaged in (later for later in checkpoint.saved_epochs(folder) if later > epoch and args.resume):
@@ -161,7 +163,7 @@ def _starting_point(args: argparse.Namespace, config: dict, run: Path | None) ->
     return epoch, source, checkpoint.read_training(run / "models" / f"state-{epoch}")
 
 
-def _open_run_folder(run: Path | None, config: dict, epoch: int, machine: dict, held: ExitStack) -> Path:
+def _open_run_folder(run: Path | None, config: dict, epoch: int, about: dict, held: ExitStack) -> Path:
     """Make the run folder where `run` is none to continue, clear it of what was left there, and write config.json."""
     folder = run or checkpoint.new_run_folder(config)
     if run is None:
@@ -169,9 +171,9 @@ def _open_run_folder(run: Path | None, config: dict, epoch: int, machine: dict, 
     for place in (folder, folder / "models"):
         checkpoint.sweep(place)
     if run is None:
-        checkpoint.write_json(folder / "config.json", config | machine)
+        checkpoint.write_json(folder / "config.json", config | about)
     else:
-        continued = [*config.get("continued", []), {"after_epoch": epoch} | machine]
+        continued = [*config.get("continued", []), {"after_epoch": epoch} | about]
         checkpoint.write_json(folder / "config.json", config | {"continued": continued})
     return folder
 

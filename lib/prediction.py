@@ -35,12 +35,18 @@ def partition_images(dataset: BaseDataset, partition: str) -> dict[str, Path]:
 
 
 def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
-    """The image `source`, or those in this folder, by name; of a folder in the data set's layout all images, by id.
+    """The image `source`, or those in this folder, by name. One of the data set's own images is called by its id, and
+    of a folder in the data set's layout, or of one of its subjects, only these are taken.
 
     Raises InputError if there are none, or two have one name.
     """
     if not source.exists():
         raise InputError(f"--input {source}: no such file or folder")
+    source = source.absolute()  # for its parents
+    place = source if source.is_dir() else source.parent
+    own = {file.id: file.image for file in dataset.find(place.parent) if source in (file.image, file.image.parent)}
+    if own:
+        return own
     images = {}
     for path in sorted(source.iterdir()) if source.is_dir() else [source]:
         suffix = next((s for s in SUFFIXES if path.name.endswith(s) and not path.name.startswith(".")), None)
@@ -48,8 +54,6 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
             raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
         images = images or {file.id: file.image for file in dataset.find(source)}
-    else:  # one of the data set's images is called by its id, which may be the name of its folder
-        images = {file.id: source for file in dataset.find(source.parent.parent) if file.image == source} or images
     if not images:
         raise InputError(f"--input {source}: there is no image (.nii.gz or .nii) to predict")
     return images

@@ -138,6 +138,16 @@ def test_a_label_of_the_images_shape_takes_its_affine_and_a_note_says_so(tmp_pat
         assert str(folder / "segmentation.nii.gz") in data.notes[0] and "affine" in data.notes[0]
 
 
+def test_the_log_of_a_training_names_labels_that_took_the_images_affine(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "kits", Small)
+    folder = write_case(tmp_path / "data", 0, label_affine=np.eye(4))
+    paths = ["--data_path", tmp_path, "--cache_path", tmp_path / "cache", "--output", tmp_path / "runs"]
+    small = ["--fms_init", "2", "--levels", "3", "--patch_size", "8", "16", "16", "--epochs", "1", "--num_workers", "0"]
+    assert train.main(["--data", "kits", *map(str, paths), *small, "--device", "cpu"]) == 0
+    log = (tmp_path / "runs" / "unnamed" / "kits" / "1" / "log.txt").read_text()
+    assert f"{folder / 'segmentation.nii.gz'}: its affine is not that of {folder / 'imaging.nii.gz'}" in log
+
+
 ROUND_TRIP = {  # Dice of kidney and tumor that resampling there and back keeps
     4: (0.9971, 0.9941),
     7: (0.9965, 0.9944),
@@ -152,7 +162,11 @@ ROUND_TRIP = {  # Dice of kidney and tumor that resampling there and back keeps
 
 @pytest.mark.parametrize("case", sorted(ROUND_TRIP))
 def test_real_labels_survive_the_round_trip(case):
-    """Of the box that holds the foreground, with a margin of 8 voxels."""
+    """Of the box that holds the foreground, with a margin of 8 voxels; each class there and back as a probability.
+
+    With nearest neighbours on the way there, as for the labels of the training, kidneys keep 0.977 to 0.985, but 0.967
+    in case 68. Whole volumes keep the same to 0.001 (tumors: 0.009).
+    """
     if not SHARED.is_dir():
         pytest.skip("the shared KiTS19 labels are not beside this checkout")
     label = nib.load(SHARED / f"case_{case:05d}" / "segmentation.nii.gz")

@@ -142,6 +142,18 @@ def test_input_in_the_data_sets_layout_is_named_by_its_ids(toy, tmp_path):
     assert names(toy.out) == ["case7.nii.gz", "case8.nii.gz", "model.json"]
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_input_takes_the_images_of_one_subject_and_not_its_labels(toy, tmp_path, monkeypatch, inside):
+    subject = tmp_path / "nested" / "case7"
+    subject.mkdir(parents=True)
+    for name in ("image.nii", "label.nii"):
+        write_image(subject / name, oblique())
+    monkeypatch.chdir(subject)
+    for source in (".", "image.nii") if inside else (subject, "../case7"):
+        assert toy.run("--overwrite", source=("--input", str(source))) == 0
+        assert names(toy.out) == ["case7.nii.gz", "model.json"]
+
+
 def test_challenge_names(toy, capsys, monkeypatch):
     assert toy.run("--challenge_names", "--probabilities") == 0
     predictions = [f"toy-00{case}{suffix}.nii.gz" for case in (1, 2, 3) for suffix in ("", "_probabilities")]

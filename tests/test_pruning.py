@@ -90,17 +90,19 @@ def test_pruning_equals_zeroed_maps_now_and_after_the_next_steps(dim, optimizer)
             hook.remove()
 
 
-def test_every_consumer_and_parameter_group_follows(tmp_path):
-    model, _ = make("2D")
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_every_consumer_and_parameter_group_follows(tmp_path, dim):
+    model, _ = make(dim)
     encoder, rest = list(model.encoder.parameters()), [*model.decoder.parameters(), *model.last.parameters()]
     optim = torch.optim.Adam([{"params": encoder, "lr": 0.5}, {"params": rest, "lr": 0.25, "weight_decay": 0.125}])
-    step(model, optim, *batch("2D", 0))
-    prune(model, optim, {"enc_ConvBlock_2": torch.tensor([1, 3]), "dec_ConvTranspose2d_3": torch.tensor([0])})
+    step(model, optim, *batch(dim, 0))
+    up = f"dec_ConvTranspose{dim.lower()}_3"
+    prune(model, optim, {"enc_ConvBlock_2": torch.tensor([1, 3]), up: torch.tensor([0])})
     counted = count_filters(model)
     assert counted["out"]["enc_ConvBlock_2"] == 2
     assert counted["in"]["enc_ConvBlock_3"] == 2  # a skip feeds two consumers: the next level ...
     assert counted["in"]["dec_ConvBlock_5"] == 2 + 1  # ... and the decoder, before the maps that come up
-    assert counted["in"]["dec_ConvTranspose2d_3"] == 8
+    assert counted["in"][up] == 8
     names = {id(p) for p in model.parameters()}
     for group, lr, size in zip(optim.param_groups, (0.5, 0.25), (len(encoder), len(rest)), strict=True):
         assert group["lr"] == lr
@@ -111,16 +113,17 @@ def test_every_consumer_and_parameter_group_follows(tmp_path):
         assert values["exp_avg"].shape == values["exp_avg_sq"].shape == p.shape
         assert values["step"] == 1
     torch.save(model.state_dict(), tmp_path / "model-1")
-    x = batch("2D", 1)[0].float()
+    x = batch(dim, 1)[0].float()
     torch.testing.assert_close(load_model(tmp_path / "model-1")(x)[0], model.float()(x)[0])
 
 
-def test_parts_that_nothing_feeds_stay_the_same_objects():
-    model, optim = make("2D")
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_parts_that_nothing_feeds_stay_the_same_objects(dim):
+    model, optim = make(dim)
     untouched = model.encoder[0].seq[0].weight
     prune(model, optim, {"dec_ConvBlock_6": torch.tensor([0, 2])})
     assert model.encoder[0].seq[0].weight is untouched
-    assert model.last[1][0].weight.shape == (3, 2, 1, 1)
+    assert model.last[1][0].weight.shape == (3, 2, *[1] * int(dim[0]))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0, 1), st.data())

@@ -137,7 +137,10 @@ class BaseDataset:
         supervised = {file.id for part in ("train", "validation") for file in self._files[part]}
         for file in files:
             if file.label is None and file.id in supervised:
-                raise InputError(f"{file.image}: has no ground truth beside it, which training and validation need")
+                raise InputError(
+                    f"{file.image}: has no ground truth beside it, which training and validation need; add it, or take "
+                    "this image away"
+                )
         if "train" in partitions and not self._files["train"]:
             raise InputError(f"--data {self.name}: none of the training cases is on disk; add some, or change --split")
         if not all(cache.is_fresh(file, self.cache / file.id) for file in files):

@@ -73,7 +73,8 @@ def store(
     if files.label is not None:
         label = read_label(files.label, n_classes, merged_labels)
         if label.shape != image.shape:
-            raise InputError(f"{files.label}: its shape {label.spatial_shape} is not the image's {image.spatial_shape}")
+            shapes = f"its shape {label.spatial_shape} is not the image's {image.spatial_shape}"
+            raise InputError(f"{files.label}: {shapes}; replace the one that is wrong")
         if not np.allclose(label.affine, image.affine, rtol=1e-4, atol=1e-3):
             if not label_takes_grid:
                 raise InputError(f"{files.label}: its affine is not that of {files.image}; mend the one that is wrong")
