@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from lib.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
 
-STATE_KEYS = {"epoch", "optimizer", "rows", "validation", "thresholds", "best_dice", "rng", "rng_cuda"}
+STATE_KEYS = {"epoch", "optimizer", "rows", "validation", "thresholds", "best_loss", "rng", "rng_cuda"}
 SAVED = re.compile(r"(?:model|state)-(\d+)")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
@@ -37,7 +38,7 @@ class TrainingState:
     thresholds: dict[str, Threshold] = field(default_factory=dict)  # by prunable block
     delta_prune: dict = field(default_factory=dict)  # of the epoch's last training batch; not saved
     unpruned: dict[str, int] = field(default_factory=dict)  # parameters, flops, filters without any pruning; not saved
-    best_dice: float = -1.0
+    best_loss: float = math.inf  # on the validation set: that of models/model-best
     validates: bool = True  # whether there is a validation set
 
 
@@ -140,7 +141,7 @@ def save(state: TrainingState) -> None:
         "rows": state.rows,
         "validation": state.validation,
         "thresholds": {name: asdict(threshold) for name, threshold in state.thresholds.items()},
-        "best_dice": state.best_dice,
+        "best_loss": state.best_loss,
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -205,7 +206,7 @@ def restore(state: TrainingState, content: dict) -> None:
             raise InputError(f"state-{content['epoch']}: does not fit the widths of the model; give those of one epoch")
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
     state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
-    state.best_dice = content["best_dice"]
+    state.best_loss = content["best_loss"]
     torch.set_rng_state(content["rng"])
     if content["rng_cuda"] and torch.cuda.device_count() == len(content["rng_cuda"]):
         torch.cuda.set_rng_state_all(content["rng_cuda"])
