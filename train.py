@@ -87,6 +87,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         continued = [*config.get("continued", []), {"after_epoch": epoch} | facts()]
         checkpoint.write_json(folder / "config.json", config | {"continued": continued})
     log(f"run folder: {folder}")
+    for note in data.notes:
+        log(note)
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")

@@ -51,8 +51,8 @@ def find_pairs(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
     `<subject>_probabilities.nii.gz` is no prediction of labels and is passed over. The ground truth is looked for in
     the folder `truths` itself, as `<subject>_gt.nii.gz` or `<subject>.nii.gz`, and, there or in one of FOLDERS, in the
     data sets' layouts: `patientNNN/patientNNN_frameFF_gt.nii.gz`, `case_NNNNN/segmentation.nii.gz` and
-    `case_NNNNN/aggregated_MAJ_seg.nii.gz`. A prediction may also be called `prediction_NNNNN`, as the KiTS challenge
-    wants it, and is then looked for as `case_NNNNN`.
+    `case_NNNNN/aggregated_MAJ_seg.nii.gz`; as .nii too. A prediction may also be called `prediction_NNNNN`, as the
+    KiTS challenge wants it, and is then looked for as `case_NNNNN`.
 
     Raises InputError if there is no prediction, or one without ground truth.
     """
@@ -75,8 +75,9 @@ def _find_truth(prediction: Path, truths: Path) -> Path:
     nested = [f"{case.split('_')[0]}/{case}_gt{SUFFIX}"]
     nested += [f"{case}/{name}{SUFFIX}" for name in ("segmentation", "aggregated_MAJ_seg")]
     for name in flat + nested + [f"{folder}/{name}" for folder in FOLDERS for name in nested]:
-        if (truths / name).is_file() and truths / name != prediction:
-            return truths / name
+        for path in (truths / name, truths / name.removesuffix(".gz")):
+            if path.is_file() and path != prediction:
+                return path
     raise InputError(
         f"{prediction}: no ground truth of this name in {truths} (--gt); looked for {flat[0]}, {nested[0]}, ..."
     )
