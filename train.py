@@ -93,6 +93,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     folder = Path(distributed.broadcast_from_main(str(folder)))
     log = Log(folder / "log.txt") if distributed.is_main() else no_log
     log(f"run folder: {folder}")
+    for note in data.notes:
+        log(note)
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")

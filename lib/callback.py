@@ -33,10 +33,10 @@ Callback = Callable[[TrainingState], None]
 
 
 def _end_epoch_save_best(state: TrainingState) -> None:
-    """models/model-best: the best mean foreground Dice on the validation set, before this epoch's pruning."""
-    dice = [d for d in (state.rows[-1]["val_dice"] or [None])[1:] if d is not None]
-    if dice and sum(dice) / len(dice) > state.best_dice:
-        state.best_dice = sum(dice) / len(dice)
+    """models/model-best: the model of the lowest validation loss so far, before this epoch's pruning."""
+    loss = state.rows[-1]["val_loss"]
+    if loss is not None and loss < state.best_loss:
+        state.best_loss = loss
         checkpoint.save_model(state.folder / "models" / "model-best", state.model)
 
 
@@ -242,8 +242,7 @@ def _end_epoch_log(state: TrainingState, epochs: int) -> None:
     if row["val_loss"] is not None:
         dice = " ".join("-" if d is None else f"{d:.3f}" for d in row["val_dice"][1:])
         parts += [f"val {row['val_loss']:.4f}", f"Dice {dice}"]
-    parts.append(f"filters {row['filters']}")
-    for name, key in (("parameters", "parameters"), ("FLOPs", "flops")):
+    for name, key in (("filters", "filters"), ("parameters", "parameters"), ("FLOPs", "flops")):
         parts.append(f"{name} {100 * row[key] / state.unpruned[key]:.1f}%")
     if row.get("tau"):
         parts.append(f"tau {max(row['tau'].values()):.3f}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ STATE_TYPES = {
     "rows": list,
     "validation": dict,
     "thresholds": dict,
-    "best_dice": float,
+    "best_loss": float,
     "rng": torch.Tensor,
     "rng_cuda": list,
 }
@@ -46,7 +47,7 @@ class TrainingState:
     thresholds: dict[str, Threshold] = field(default_factory=dict)  # by prunable block
     delta_prune: dict = field(default_factory=dict)  # of the epoch's last training batch; not saved
     unpruned: dict[str, int] = field(default_factory=dict)  # parameters, flops, filters without any pruning; not saved
-    best_dice: float = -1.0
+    best_loss: float = math.inf  # on the validation set: that of models/model-best
     validates: bool = True  # whether there is a validation set
 
     @property
@@ -154,7 +155,7 @@ def save(state: TrainingState) -> None:
         "rows": state.rows,
         "validation": state.validation,
         "thresholds": {name: asdict(threshold) for name, threshold in state.thresholds.items()},
-        "best_dice": state.best_dice,
+        "best_loss": state.best_loss,
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -224,7 +225,7 @@ def restore(state: TrainingState, content: dict) -> None:
         if any(value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)):
             raise InputError(f"state-{content['epoch']}: does not fit the widths of the model; give those of one epoch")
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
-    state.best_dice = content["best_dice"]
+    state.best_loss = content["best_loss"]
 
 
 def save_history(state: TrainingState) -> None:

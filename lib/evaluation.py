@@ -51,7 +51,7 @@ def find_pairs(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
     `<subject>_probabilities.nii.gz` is no prediction of labels and is passed over. The ground truth is looked for in
     the folder `truths` itself, as `<subject>_gt.nii.gz` or `<subject>.nii.gz`, and, there or in one of FOLDERS, in the
     data sets' layouts: `patientNNN/patientNNN_frameFF_gt.nii.gz`, `case_NNNNN/segmentation.nii.gz` and
-    `case_NNNNN/aggregated_MAJ_seg.nii.gz`, or as `.nii`. A prediction may also be called `prediction_NNNNN`, as the
+    `case_NNNNN/aggregated_MAJ_seg.nii.gz`; as .nii too. A prediction may also be called `prediction_NNNNN`, as the
     KiTS challenge wants it, and is then looked for as `case_NNNNN`.
 
     Raises InputError if there is no prediction, or one without ground truth.

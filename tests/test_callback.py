@@ -11,11 +11,14 @@ from lib.callback import (
     _end_epoch_prune,
     _end_epoch_save_all_FMs,
     _end_epoch_save_best,
+    callbacks,
     fixed_image,
+    tensorboard,
 )
 from lib.checkpoint import TrainingState
 from lib.error import InputError
 from lib.models import Sauron, summary
+from lib.models.BaseModel import read_state
 
 RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, "between": (0, 100)}
 
@@ -96,19 +99,31 @@ def test_a_block_of_one_filter_is_left_alone(state):
     assert model.encoder[1].seq[0].out_channels == 1
 
 
-def test_best_model_is_by_mean_foreground_dice(state):
+def test_the_best_model_is_that_of_the_lowest_validation_loss(state):
     best = state.folder / "models" / "model-best"
     _end_epoch_save_best(state)
-    assert state.best_dice == 0.5  # background and absent classes do not count
     first = best.read_bytes()
     torch.nn.init.zeros_(state.model.encoder[0].seq[0].weight)
-    state.rows.append(row(1, 1, dice=(1.0, 0.4, 0.5)))
-    _end_epoch_save_best(state)
+    for loss in (1.5, 1.0, None):  # worse, equal, not validated; Dice does not count
+        state.rows.append(row(1, loss, dice=(1.0, 0.9, 0.9)))
+        _end_epoch_save_best(state)
     assert best.read_bytes() == first
-    state.rows.append(row(1, 1, dice=(0.1, 0.6, 0.7)))
+    state.rows.append(row(1, 0.75, dice=(0.9, 0.1, 0.1)))
     _end_epoch_save_best(state)
     assert best.read_bytes() != first
-    assert state.best_dice == pytest.approx(0.65)
+    assert state.best_loss == 0.75
+
+
+def test_the_best_model_is_written_before_the_pruning(state):
+    state.delta_prune["enc_ConvBlock_2"] = (torch.zeros(4), 1)
+    with tensorboard(state.folder, 0) as writer:
+        every = callbacks(patch_size=(8, 8), epochs=1, class_names=("a", "b", "c"), writer=writer, pruning=RULE)
+        for callback in every:
+            callback(state)
+    widths = [
+        len(read_state(state.folder / "models" / name)["encoder.1.seq.0.weight"]) for name in ("model-best", "model-1")
+    ]
+    assert widths == [4, 1]
 
 
 def test_feature_maps_of_the_network_as_it_is_go_to_one_file_per_block(state):
@@ -156,6 +171,6 @@ def test_the_line_of_an_epoch(state):
     _end_epoch_measure(state, (8, 8))
     _end_epoch_log(state, epochs=61)
     assert state.lines == [
-        "epoch 1/61 | loss 1.0000 | val 1.0000 | Dice 0.500 - | filters 92 | parameters 100.0% | FLOPs 100.0% "
+        "epoch 1/61 | loss 1.0000 | val 1.0000 | Dice 0.500 - | filters 100.0% | parameters 100.0% | FLOPs 100.0% "
         "| tau 0.001 | 2.0 s | ETA 0:02:00"
     ]

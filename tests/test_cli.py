@@ -14,10 +14,11 @@ import torch
 
 import evaluate
 import lib.callback
+import lib.data.cache
 import predict
 import train
 from lib.filters import read_filters
-from lib.models import count_filters, load_model
+from lib.models import Sauron, count_filters, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ACDC = ROOT.parent / "shared" / "acdc" / "training"
@@ -146,10 +147,13 @@ def test_training_starts_from_pruned_weights_or_widths(phantom, pruned, tmp_path
         assert count_filters(load_model(folder / "models" / "model-1")) == widths
 
 
-def test_without_a_validation_set(phantom, tmp_path):
+def test_without_a_validation_set(phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.data.cache, "notes", lambda folder: [f"note on {folder.name}"])
     assert train.main([*arguments(phantom, tmp_path), "--split", "1:0", "--epochs", "3", *PRUNE]) == 0
     run = tmp_path / "unnamed" / "phantom" / "1"
-    assert "no validation set" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert "no validation set" in log
+    assert "note on patient" in log
     assert json.loads((run / "validation_scores.json").read_text()) == {}
     assert not (run / "models" / "model-best").exists()
 
@@ -207,6 +211,27 @@ def test_real_patients(tmp_path):
     argv = ["--data", "acdc", "--pred", str(tmp_path / "out"), "--gt", str(data), "--output", str(tmp_path / "r.json")]
     assert evaluate.main([*argv, "--num_workers", "1"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["n"]["dice"][3] == 4
+
+
+@needs_acdc
+def test_the_python_interface_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    model = Sauron(1, 4, 2, 7)
+    model.initialize()
+    torch.save(model.state_dict(), "model-500")
+    for text, ours in (
+        ("/path/to/acdc", str(ACDC)),
+        ("runs/unnamed/acdc/1/models/model-500", "model-500"),
+        ('"fms_init": 48', '"fms_init": 2'),
+    ):
+        assert code.count(text) == 1
+        code = code.replace(text, ours)
+    names = {}
+    exec(code, names)
+    assert [tuple(output.shape) for output in names["outputs"]] == [(1, 4, 320 >> k, 320 >> k) for k in range(5)]
+    assert list(names["feature_maps"]) == [block.name for block in names["model"].blocks()]
+    assert count_filters(names["small"]) == count_filters(model)
 
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py", "evaluate.py"])

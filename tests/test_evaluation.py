@@ -39,6 +39,7 @@ def heart(moved=0, classes=(1, 2, 3)):
         ("patient002_frame01", "patient002/patient002_frame01_gt.nii.gz"),
         ("patient002_frame01", "patient002_frame01_gt.nii.gz"),
         ("patient002_frame01", "patient002_frame01.nii.gz"),
+        ("patient002_frame01", "training/patient002/patient002_frame01_gt.nii"),
         ("case_00010", "case_00010/segmentation.nii.gz"),
         ("case_00010", "data/case_00010/aggregated_MAJ_seg.nii.gz"),
         ("case_00010", "case_00010/segmentation.nii"),

@@ -263,7 +263,8 @@ class BaseDataset:
                 return files
         raise InputError(
             f"--data {self.name}: found no {self.layout} in {' or '.join(map(str, roots))}. {self.how_to_get} "
-            f"Then give FOLDER with --data_path, or name it {self.folder} and set SAURON_DATA to the folder it is in"
+            f"Then give FOLDER with --data_path (predict.py: --original), or name it {self.folder} and set SAURON_DATA "
+            "to the folder it is in"
         )
 
 

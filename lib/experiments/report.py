@@ -338,11 +338,14 @@ def overview(run: Run) -> dict[str, str]:
         "state": f"{'finished' if finished else 'not finished'}: epoch {epoch} of {config['epochs']}",
         "network": f"{config['model']} on {config['data']}, patches of {patch} voxels",
     }
-    validated = [(mean_foreground(d), e, d) for e, d in zip(history["epoch"], history["val_dice"], strict=True)]
-    validated = [scores for scores in validated if scores[0] is not None]
+    validated = [
+        (loss, mean_foreground(dice), e, dice)
+        for e, loss, dice in zip(history["epoch"], history["val_loss"], history["val_dice"], strict=True)
+        if mean_foreground(dice) is not None
+    ]
     if validated:
-        best = max(validated, key=lambda scores: scores[0])
-        for name, (mean, e, dice) in {"newest Dice": validated[-1], "best Dice (model-best)": best}.items():
+        best = min(validated, key=lambda scores: scores[0])  # the first of equals, as models/model-best
+        for name, (_, mean, e, dice) in {"newest Dice": validated[-1], "Dice of model-best": best}.items():
             known = [f"{c} {d:.3f}" for c, d in zip(run.classes[1:], dice[1:], strict=True) if d is not None]
             rows[name] = f"{mean:.3f} on average in epoch {e} ({', '.join(known)})"
     for key, before in run.unpruned.items():
