@@ -63,7 +63,7 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 def stored_bytes(files: SubjectFiles, preprocessing: Preprocessing) -> int:
-    """How much `store` will write for one subject, by the image's header alone; 0 if that is broken: `store` says why."""
+    """How much `store` will write for a subject, by the image's header; 0 if that is broken: `store` says why."""
     try:
         header = nib.load(files.image)
         shape = preprocessed_shape(header.shape[:3], nib.affines.voxel_sizes(header.affine), preprocessing)
