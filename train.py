@@ -18,7 +18,7 @@ from lib.experiments.report import report_training
 from lib.lock import locked
 from lib.log import Log
 from lib.loss import LOSSES
-from lib.models import build_model, summary
+from lib.models import build_model, compile_model, summary
 from lib.models.BaseModel import read_state
 from lib.stop import Stopped
 from lib.trainer import build_optimizer, fit
@@ -74,6 +74,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     data.prepare()
     save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None
     model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
+    if config["compile"]:
+        compile_model(model, device)
 
     folder = run or checkpoint.new_run_folder(config)
     if run is None:

@@ -25,7 +25,7 @@ from lib.models import MODELS
 from lib.stop import Stopped, stoppable
 
 # Settings that a run may change when it is continued; all others stay what they were.
-CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
+CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path", "compile"}
 # Flags that say where to start or continue; they are no settings of a run.
 STARTING = {"epoch_start", "model_state", "history", "resume"}
 
@@ -203,6 +203,13 @@ def _parser() -> Parser:
         default=None,
         help="let the network compute in bfloat16 where that is safe (default: float32 throughout)",
     )
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="let torch compile the network, at first and after each pruning, which takes a minute; on the CPU a "
+        "training is slower with it (default: do not)",
+    )
 
     network = parser.add_argument_group("network")
     add(
@@ -332,6 +339,7 @@ def make_config(args: argparse.Namespace) -> dict:
         "imp_fun": "euc_rand",
         "no_prune": False,
         "amp": False,
+        "compile": False,
         "save_fms": False,
         "save_fms_every": 1,
         "in_filters": None,
