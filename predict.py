@@ -11,7 +11,7 @@ from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.inference import predict_file, save
-from lib.models import load_model
+from lib.models import compile_model, load_model
 from lib.prediction import (
     challenge_names,
     check_model,
@@ -47,6 +47,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     batch_help = "patches computed at once (default: 8 in 2D, 4 on the CPU; 2 in 3D)"
     add("--batch_size", type=number(int, 1, 10**6), help=batch_help)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe (default: float32 throughout)")
+    compile_help = (
+        "let torch compile the network first, which takes a minute and pays for many images (default: do not)"
+    )
+    add("--compile", action="store_true", help=compile_help)
     add("--probabilities", action="store_true", help="also write <id>_probabilities.nii.gz (default: labels only)")
     add(
         "--challenge_names",
@@ -115,6 +119,8 @@ def predict(args: argparse.Namespace) -> None:
     images = choose_images(images, args.output, args.probabilities, args.skip_existing, args.overwrite)
     if args.skip_existing:
         check_same_model(args.output, args.model_state)
+    if args.compile:
+        compile_model(model, device)
     batch_size = args.batch_size or (2 if model.dim == "3D" else 4 if device.type == "cpu" else 8)
 
     description = describe(model, args.model_state, dataset, patch_size, config)

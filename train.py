@@ -20,7 +20,7 @@ from lib.experiments.report import report_training
 from lib.lock import locked
 from lib.log import Log, no_log
 from lib.loss import LOSSES
-from lib.models import build_model, summary
+from lib.models import build_model, compile_model, summary
 from lib.models.BaseModel import read_state
 from lib.stop import Stopped
 from lib.trainer import build_optimizer, fit
@@ -87,6 +87,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         data.prepare()  # the other ranks find all that they need in the cache
         save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None
         model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
+        if config["compile"]:
+            compile_model(model, device)
 
     with distributed.agreed():
         folder = _open_run_folder(run, config, epoch, facts(device), held) if distributed.is_main() else None

@@ -115,7 +115,7 @@ def predict_file(
     labels = np.empty(grid.shape, np.uint8, order="F")  # NIfTI's order
     kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
     for slab, part in to_original_grid(predicted, affine, padding, grid):
-        labels[slab] = part.argmax(0)
+        labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
         if kept is not None:
             kept[slab] = part.movedim(0, -1)
     original = nib.load(path)

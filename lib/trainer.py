@@ -143,8 +143,12 @@ def compute_loss(
     delta_prune: bool = False,
     amp: bool = False,
 ) -> tuple[Tensor, Measured]:
-    """The loss of a batch, and what the model measured: its outputs, and delta_prune by block where asked for."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+    """The loss of a batch, and what the model measured: its outputs, and delta_prune by block where asked for.
+
+    A compiled model measures delta_prune uncompiled: one batch in an epoch is not worth it.
+    """
+    stance = torch.compiler.set_stance("force_eager" if delta_prune else "default")
+    with stance, torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         if criterion.uses_distances or delta_prune:
             measured = model(images, delta_opt=criterion.uses_distances, delta_prune=delta_prune)
         else:

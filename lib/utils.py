@@ -26,7 +26,7 @@ from lib.models import MODELS
 from lib.stop import Stopped, stoppable
 
 # Settings that a run may change when it is continued; all others stay what they were.
-CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path"}
+CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path", "compile"}
 # What is said where another process of the same training was killed, or its machine is away.
 LOST = "another process of this training has ended, or cannot be reached"
 # Flags that say where to start or continue; they are no settings of a run.
@@ -252,6 +252,13 @@ def _parser() -> Parser:
         default=None,
         help="let the network compute in bfloat16 where that is safe (default: float32 throughout)",
     )
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="let torch compile the network, at first and after each pruning, which takes a minute; on the CPU a "
+        "training is slower with it (default: do not)",
+    )
 
     network = parser.add_argument_group("network")
     add(
@@ -410,6 +417,7 @@ def make_config(args: argparse.Namespace) -> dict:
         "max_ms": None,
         "max_prune_fraction": None,
         "amp": False,
+        "compile": False,
         "save_fms": False,
         "save_fms_every": 1,
         "in_filters": None,

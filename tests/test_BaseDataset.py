@@ -1,5 +1,7 @@
 import importlib
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -10,7 +12,7 @@ import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data import patches
+from lib.data import cache, patches
 from lib.data.BaseDataset import BaseDataset
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing
@@ -192,6 +194,39 @@ def test_a_label_that_does_not_fit_is_named(tmp_path, changes, message):
         dataset.prepare()
     assert "case_04" in str(error.value) and "\n" not in str(error.value)
     assert not (dataset.cache / "case_04").exists()
+
+
+@pytest.mark.parametrize("kind", [Tiny2D, Tiny3D])
+def test_the_size_is_announced_before_it_is_written(folder, tmp_path, kind, capsys, monkeypatch):
+    """What the headers foretell is what is written, but for a few bytes about each array; a full disk is noticed."""
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=7000))
+    with pytest.raises(InputError, match=r"--cache_path: 8 preprocessed volumes need .* 0.0 MB are free"):
+        kind(folder, tmp_path).prepare()
+    assert not list(tmp_path.rglob("*.npy"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    dataset = kind(folder, tmp_path)
+    foretold = {file.id: cache.stored_bytes(file, kind.preprocessing) for file in dataset.files("train")}
+    dataset.prepare()
+    announced, _, _ = capsys.readouterr().err.partition("\n")
+    assert f"8 preprocessed volumes need 0.1 MB in {dataset.cache}, " in announced and announced.endswith(" are free")
+    for subject, n_bytes in foretold.items():
+        arrays = [np.load(path, mmap_mode="r") for path in (dataset.cache / subject).glob("*.npy")]
+        assert sum(array.nbytes for array in arrays) == n_bytes
+
+
+def test_volumes_are_mapped_and_never_changed_on_disk(folder, cache_path):
+    dataset = Tiny3D(folder, cache_path)
+    dataset.prepare()
+    path = dataset.cache / dataset.ids["train"][0] / "image.npy"
+    before = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of arrays that cannot be written
+        subject = cache.load(path.parent)
+    assert str(path) in Path("/proc/self/maps").read_text() or not Path("/proc/self/maps").exists()
+    assert np.array_equal(subject.image.data, np.load(path))
+    subject.image.data.zero_()
+    assert path.read_bytes() == before
 
 
 def test_a_cache_that_cannot_be_written(folder, tmp_path):

@@ -1,13 +1,18 @@
 import copy
+import os
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.error import InputError
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
-from lib.models import Sauron, nnUNet
+from lib.models import Sauron, compile_model, nnUNet
+from lib.pruning import prune
 from lib.trainer import build_optimizer, compute_loss, fit, overlap, poly_lr, validate
 
 CPU = torch.device("cpu")
@@ -174,3 +179,41 @@ def test_amp_continues_to_the_bit(tmp_path):
     run(continued, epochs=4, amp=True)
     for a, b in zip(whole.model.parameters(), continued.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler is here")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def test_a_compiled_training_prunes_and_gives_the_same(tmp_path, monkeypatch, backend):
+    """Losses, pruning and keys; what was compiled before the surgery is compiled anew, not left."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    states, n_graphs = [], []
+    for compiled in (False, True):
+        state = make_state(tmp_path / str(compiled))
+        if compiled:
+            compile_model(state.model, CPU)
+
+        def halve(state):
+            n_graphs.append(counters["stats"]["unique_graphs"])
+            if state.epoch == 1:
+                prune(state.model, state.optimizer, {"enc_ConvBlock_1": torch.tensor([1])})
+
+        run(state, [halve], epochs=2)
+        states.append(state)
+    plain, compiled = states
+    assert n_graphs[0] == n_graphs[1] < n_graphs[2] < n_graphs[3]
+    for a, b in zip(plain.rows, compiled.rows, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+    assert compiled.rows[1]["val_loss"] == pytest.approx(plain.rows[1]["val_loss"], rel=1e-4)
+    assert [r for _, r in compiled.delta_prune.values()] == [r for _, r in plain.delta_prune.values()]
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(InputError, match=r"--compile: does not work here \(no compiler\); install"):
+        compile_model(nnUNet(1, 2, 2, 3), CPU)

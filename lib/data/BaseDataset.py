@@ -5,7 +5,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,8 +132,8 @@ class BaseDataset:
     def prepare(self, partitions: Iterable[str] = ("train", "validation")) -> None:
         """Preprocess what the cache does not hold, or holds from other files, on all cores and with a progress bar.
 
-        Adds to `notes`. Raises InputError if a training or validation image has no ground truth, there is nothing to
-        train on, or a file is broken.
+        Says before how much will be written. Adds to `notes`. Raises InputError if a training or validation image has
+        no ground truth, there is nothing to train on, a file is broken, or the disk has too little space.
         """
         files = [file for part in partitions for file in self._files[part] if file.id not in self._prepared]
         supervised = {file.id for part in ("train", "validation") for file in self._files[part]}
@@ -152,6 +154,12 @@ class BaseDataset:
     def _fill_cache(self, files: list[SubjectFiles]) -> None:
         stale = [file for file in files if not cache.is_fresh(file, self.cache / file.id)]
         folders = [self.cache / file.id for file in stale]
+        needed = sum(cache.stored_bytes(file, self.preprocessing) for file in stale)
+        free = shutil.disk_usage(self.cache).free
+        what = f"{len(stale)} preprocessed volumes need {_in_words(needed)} in {self.cache}, {_in_words(free)} are free"
+        if needed > free:
+            raise InputError(f"--cache_path: {what}; make room, or give another folder")
+        tqdm.write(what, file=sys.stderr)
         store = partial(
             cache.store,
             preprocessing=self.preprocessing,
@@ -371,6 +379,10 @@ def _n_cores() -> int:
 def _seed(*numbers: int) -> int:
     """One seed from several numbers, unrelated for neighbouring ones."""
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])
+
+
+def _in_words(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def case_number(id_: str) -> int:

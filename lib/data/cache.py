@@ -1,6 +1,7 @@
 """Preprocessed volumes on disk, uncompressed; a folder per subject, which appears complete or not at all."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -9,11 +10,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torchio as tio
 
-from lib.data.preprocessing import Preprocessing, read_image, read_label, standardize, standardize_label
+from lib.data.preprocessing import (
+    Preprocessing,
+    preprocessed_shape,
+    read_image,
+    read_label,
+    standardize,
+    standardize_label,
+)
 from lib.error import InputError
 from lib.lock import locked
 
@@ -51,6 +60,16 @@ def opened(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
+
+
+def stored_bytes(files: SubjectFiles, preprocessing: Preprocessing) -> int:
+    """How much `store` will write for a subject, by the image's header; 0 if that is broken: `store` says why."""
+    try:
+        header = nib.load(files.image)
+        shape = preprocessed_shape(header.shape[:3], nib.affines.voxel_sizes(header.affine), preprocessing)
+        return math.prod(shape) * (5 if files.label is not None else 4)
+    except Exception:  # nibabel, gzip and zlib raise a dozen types for broken files
+        return 0
 
 
 def store(
@@ -95,7 +114,8 @@ def store(
 def load(folder: Path) -> tio.Subject:
     """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id".
 
-    Raises InputError if its files were damaged.
+    The voxels are mapped from the files, copy-on-write: what is changed stays in memory. Raises InputError if the
+    files were damaged.
     """
     try:
         affine = np.array(json.loads((folder / "meta.json").read_text())["affine"])
@@ -112,7 +132,7 @@ def load(folder: Path) -> tio.Subject:
 
 
 def _array(path: Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
+    return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
 def notes(folder: Path) -> list[str]:

@@ -197,13 +197,26 @@ def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> Grid:
     torchio's own rule, but for its rounding, which can lose a slice of an axis that should stay as it is.
     """
     old_mm, size = np.array(image.spacing), np.array(image.spatial_shape)
-    new_mm = np.array([old if new is None else new for old, new in zip(old_mm, spacing_mm, strict=True)])
-    new_size = np.where(size == 1, 1, np.floor(size * old_mm / new_mm + 1e-6)).astype(int)
-    new_size = np.maximum(new_size, 1)
+    new_size, new_mm = _resampled(size, old_mm, spacing_mm)
     affine = image.affine.copy()
     affine[:3, :3] *= new_mm / old_mm
     affine[:3, 3] += image.affine[:3, :3] @ ((size - 1) / 2) - affine[:3, :3] @ ((new_size - 1) / 2)
     return Grid(tuple(new_size.tolist()), affine)
+
+
+def _resampled(size: np.ndarray, old_mm: np.ndarray, spacing_mm: tuple[float | None, ...]) -> tuple:
+    """The number of voxels and their size in mm, each (3,), after resampling to `spacing_mm`."""
+    new_mm = np.array([old if new is None else new for old, new in zip(old_mm, spacing_mm, strict=True)])
+    new_size = np.where(size == 1, 1, np.floor(size * old_mm / new_mm + 1e-6)).astype(int)
+    return np.maximum(new_size, 1), new_mm
+
+
+def preprocessed_shape(
+    shape: tuple[int, ...], spacing_mm: tuple[float, ...], preprocessing: Preprocessing
+) -> tuple[int, ...]:
+    """The shape (X', Y', Z') that `standardize` gives a volume of this shape and voxel size."""
+    size, _ = _resampled(np.array(shape), np.array(spacing_mm), preprocessing.spacing_mm)
+    return tuple(np.maximum(size, preprocessing.min_size or 1).tolist())
 
 
 def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:

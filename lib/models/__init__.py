@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.error import InputError
@@ -78,6 +79,20 @@ def check_filters(given: dict[str, int], counted: dict[str, int], file: str | Pa
                 f"{file}: {name} has {given.get(name, 'no')} filters in its last row, {counted.get(name, 'no')} in "
                 f"{model}; give the filter files of the same run and epoch, or leave them out"
             )
+
+
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Let torch compile the forward pass of `model` at its first call, and again whenever its filters have changed.
+
+    Keys, parameters and `model.forward` stay what they are; results agree to rounding. Raises InputError where
+    nothing can be compiled for `device`.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # torch raises a dozen types where a compiler or its headers are missing
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"--compile: does not work here ({reason}); install a C++ compiler or leave it out") from error
+    model.compile(recompile_limit=1000)  # torch gives up after 8
 
 
 def summary(model: nnUNet, patch_size: tuple[int, ...]) -> dict[str, int]:

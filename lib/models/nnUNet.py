@@ -38,7 +38,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dim == "2D" else (nn.Conv3d, nn.InstanceNorm3d)
         self.seq = nn.Sequential(
-            conv(in_filters, out_filters, 3, stride=stride, padding=1), norm(out_filters), nn.LeakyReLU(0.01)
+            conv(in_filters, out_filters, 3, stride=stride, padding=1),
+            norm(out_filters),
+            nn.LeakyReLU(0.01, inplace=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
