@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lib.callback
 import train
 from lib import checkpoint
 from lib.data import DATASETS
@@ -32,13 +31,12 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a benchmark on 10 patients (4 test images) whose thresholds rise at once."""
+    """Of a benchmark on 10 patients (4 test images)."""
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DATASETS["phantom"], "cases", range(1, 11))
-        patch.setattr(lib.callback, "training_settled", lambda *_: True)
         small = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
-        pruning = ["--rho", "1", "--tau_max", "0.8", "--kappa", "1", "--device", "cpu"]
+        pruning = ["--max_prune_fraction", "0.6", "--device", "cpu"]
         paths = ["--data_path", str(folder / "phantom"), "--cache_path", str(folder / "cache")]
         own = ["--data", "phantom", "--epochs", "2", "--seeds", "1", "--output", str(folder / "out")]
         yield [*own, "--", *small, *pruning, *paths]
@@ -69,7 +67,7 @@ def finished(arguments):
 def test_the_table_has_every_row(finished):
     table = json.loads((finished.folder / "table.json").read_text())
     assert [row["row"] for row in table["rows"]] == ROWS
-    assert (table["partition"], table["subjects"], table["seeds"]) == ("test", 4, [1])
+    assert (table["partitions"], table["subjects"], table["seeds"]) == (["test"], 4, [1])
     assert (table["settings"]["epochs"], table["settings"]["fms_init"]) == (2, 4)
     sauron, _, whole, widths, pruned = table["rows"]
     target = sauron["flops"]["mean"]
@@ -84,7 +82,7 @@ def test_the_table_has_every_row(finished):
     lines = (finished.folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:7]] == [f"| {row}" for row in ROWS]
     assert all(line.count("|") == lines[0].count("|") for line in lines[1:7])
-    assert "4 test images, 2 epochs, seeds 1" in lines[8]
+    assert "4 test images of 2 patients, 2 epochs" in lines[8]
 
 
 @needs_torch_pruning
@@ -106,7 +104,7 @@ def test_it_continues_where_it_was_interrupted(finished, arguments, monkeypatch)
 def test_every_training_names_its_own_command(finished):
     config = json.loads((finished.folder / "runs" / "nnunet-1" / "phantom" / "1" / "config.json").read_text())
     assert "train.py --data phantom" in config["command"]
-    assert "--model nnunet --seed_train 1" in config["command"]
+    assert "--model nnunet --epochs 2 --seed_train 1" in config["command"]
 
 
 @needs_torch_pruning
@@ -236,8 +234,48 @@ def test_a_row_by_hand():
     line = benchmark.format_table([row], row | {"flops": {"mean": 12e9}}).splitlines()[2]
     assert line == (
         "| ours | 0.700 ± 0.141 | 0.400 ± 0.283 | 0.550 ± 0.212 | 3.00 ± 0.00 | - | 3.00 ± 0.00 | "
-        "1.500 ± 0.707 (100%) | 3.000 ± 1.414 (25%) | 6.00 ± 2.83 | 1.0 ± 0.7 | 0.300 ± 0.283 | - |"
+        "1.500 ± 0.707 (100%) | 3.000 ± 1.414 (25%) | 6.00 ± 2.83 | 1.0 ± 0.7 | 0.300 ± 0.283 | - | "
+        "+0.000 [+0.000, +0.000] |"
     )
+
+
+def test_differences_are_paired_by_patient():
+    def of(*dice):  # two patients of two images each
+        names = ("p1_a", "p1_b", "p2_a", "p2_b")
+        return [{name: {"dice": [1.0, d]} for name, d in zip(names, dice, strict=True)}]
+
+    found = benchmark.difference(of(0.8, 0.6, 0.5, 0.7), of(0.6, 0.6, 0.4, None))
+    # patients: 0.7 - 0.6 and 0.6 - 0.4; t(0.975, 1) = 12.706, sd = 0.0707, so 12.706 * 0.05
+    assert found == pytest.approx({"mean": 0.15, "low": 0.15 - 0.6353, "high": 0.15 + 0.6353, "n": 2}, abs=1e-4)
+    assert benchmark.format_difference(found) == "+0.150 [-0.485, +0.785]"
+    assert benchmark.format_difference(benchmark.difference(of(1, 1, None, None), of(0.5, 1, 1, 1))) == "+0.250"
+
+
+@needs_torch_pruning
+def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments, tmp_path):
+    out = ["--output", str(tmp_path / "out"), "--epochs", "3"]
+    cut = arguments.index("--")
+    argv = [*arguments[:cut], *out, "--partitions", "test", "validation", "--no_tta", "--budgets"]
+    small = [*arguments[cut:], "--prune_between", "0%", "50%", "--min_filters", "1"]
+    assert benchmark.main([*argv, "70%", *small]) == 0
+    assert benchmark.main([*argv, "90%", *small]) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = {row["row"]: row for row in table["rows"]}
+    kinds = ("Sauron, budget {}", "nnUNet of Sauron's at {} widths, from scratch")
+    kinds += ("nnUNet, torch-pruning to Sauron's at {} FLOPs, fine-tuned",)
+    assert list(rows) == ["nnUNet", *(kind.format(limit) for limit in ("70%", "90%") for kind in kinds)]
+    whole = rows["nnUNet"]["flops"]["mean"]
+    for limit, share in (("70%", 0.7), ("90%", 0.9)):
+        sauron, widths, pruned = (rows[kind.format(limit)] for kind in kinds)
+        assert sauron["flops"]["mean"] <= share * whole
+        assert widths["flops"] == sauron["flops"]
+        assert "sauron_minus_this" in widths and "sauron_minus_this" in pruned
+    runs = tmp_path / "out" / "runs"
+    epochs = {path.parts[-4]: json.loads(path.read_text())["epochs"] for path in runs.glob("*/phantom/1/config.json")}
+    assert epochs["nnunet-half-1"] + epochs["nnunet-pruned@70pct-1"] == 3
+    assert epochs["nnunet-1"] == epochs["sauron@70pct-1"] == epochs["nnunet-widths@70pct-1"] == 3
+    assert len(list((tmp_path / "out" / "predictions" / "nnunet-1").glob("*.nii.gz"))) == table["subjects"]
+    assert (tmp_path / "out" / "dice_flops.png").stat().st_size > 10_000
 
 
 def test_the_partition_is_one_with_ground_truth():
