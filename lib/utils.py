@@ -520,6 +520,7 @@ def read_config(run: Path) -> dict:
         config = json.loads((run / "config.json").read_text())
         if not isinstance(config, dict) or not isinstance(config.get("data"), str):
             raise ValueError("not the settings of a training")
+        config.setdefault("max_flops", "none")  # a run of the time before there were budgets
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"

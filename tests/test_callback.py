@@ -20,7 +20,9 @@ from lib.error import InputError
 from lib.models import Sauron, summary
 from lib.models.BaseModel import read_state
 
-RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, "between": (0, 100)}
+BOUNDS = {"between": (0, 100), "min_filters": 1, "max_prune_fraction": 1.0}
+RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, **BOUNDS}
+BUDGET = {"max_flops": None, "max_ms": None, "patch_size": (8, 8), **BOUNDS, "between": (0, 10)}
 
 
 @pytest.fixture
