@@ -156,14 +156,16 @@ def pruning_arguments(config: dict, unpruned_flops: int) -> dict | None:
     """The arguments of the callback that prunes by the paper's rule, or to a budget; None where nothing is pruned."""
     if config["model"] == "nnunet" or config["no_prune"]:
         return None
+    first, last = (share_of(moment) * config["epochs"] for moment in config["prune_between"])
     arguments = {
-        "between": tuple(share_of(moment) * config["epochs"] for moment in config["prune_between"]),
+        "between": (first, last),
         "min_filters": config["min_filters"],
         "max_prune_fraction": config["max_prune_fraction"] or 1.0,
     }
     if has_budget(config):
         budget = {"max_flops": flops_of(config["max_flops"], unpruned_flops), "max_ms": config["max_ms"]}
-        return arguments | budget
+        whole = math.floor(round(first, 6)), math.ceil(round(last, 6))  # the last one is to see the largest threshold
+        return arguments | budget | {"between": whole}
     return arguments | {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
 
 
