@@ -1,8 +1,9 @@
 """What happens at the end of an epoch. Every callback takes the training's state; their order is that of the list."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,8 @@ def _end_epoch_prune_to_budget(
     """Between two moments of the run let the threshold of all blocks climb at an even pace, and delete the filters
     below it; the moment that the network fits, pruning stops for good.
 
-    An epoch deletes the filters with the smallest delta_prune first, and no more than are needed to fit.
+    An epoch deletes the filters with the smallest delta_prune first, and no more than are needed to fit. From the next
+    epoch on models/model-best is the best of those that fit.
     max_flops: of one patch; max_ms: milliseconds for one patch on the run's device; None: no such limit.
     """
     row = state.rows[-1]
@@ -109,42 +111,45 @@ def _end_epoch_prune_to_budget(
     device = next(state.model.parameters()).device
     widths = {block.name: block.out_filters for block in state.model.blocks() if not block.head}
 
-    def size(widths: dict[str, int]) -> dict[str, float]:
+    @cache
+    def measured(widths: tuple[tuple[str, int], ...]) -> dict[str, float]:
+        """Once for each network: a second look at the clock might decide otherwise."""
+        widths = dict(widths)
         flops = summary(resized(state.model, widths), patch_size)["flops"]
         if not max_ms:
             return {"flops": flops, "ms": None}
         ms = milliseconds(resized(state.model, widths, device), patch_size) if distributed.is_main() else None
         return {"flops": flops, "ms": distributed.broadcast_from_main(ms)}  # one clock decides for all ranks
 
+    def size(widths: dict[str, int]) -> dict[str, float]:
+        return measured(tuple(widths.items()))
+
     def fits(size: dict[str, float]) -> bool:
         return (not max_flops or size["flops"] <= max_flops) and (not max_ms or size["ms"] <= max_ms)
 
-    fewest = fewest_filters(state.model, min_filters)
-
-    def ranked(threshold: float, fraction: float) -> list[tuple[str, int]]:
-        candidates = []
-        for name in widths:
-            delta, r = state.delta_prune[name]
-            gone = deletable(delta, r, threshold, fewest[name], fraction)
-            candidates += [(delta[c].item(), name, c) for c in gone]
-        return [(name, c) for _, name, c in sorted(candidates)]
-
-    gone = fewest_that_fit(ranked(threshold, max_prune_fraction), widths, lambda widths: fits(size(widths)))
+    fewest, candidates = fewest_filters(state.model, min_filters), []
+    for name in widths:
+        delta, r = state.delta_prune[name]
+        gone = deletable(delta, r, threshold, fewest[name], max_prune_fraction)
+        candidates += [(delta[c].item(), name, c) for c in gone]
+    ranked = [(name, c) for _, name, c in sorted(candidates)]
+    gone = fewest_that_fit(ranked, widths, lambda widths: fits(size(widths)))
     keep = {name: kept(widths[name], [c for other, c in gone if other == name]) for name in {name for name, _ in gone}}
     if keep:
         prune(state.model, state.optimizer, keep)
-    reached = size(widths | {name: len(indices) for name, indices in keep.items()})
+    left = widths | {name: len(indices) for name, indices in keep.items()}
+    reached = size(left)
     row |= {"budget_met": fits(reached), "ms": reached["ms"]}
     text = f"{reached['flops']:,} FLOPs ({100 * reached['flops'] / state.unpruned['flops']:.1f}%)"
     text += f", {reached['ms']:.2f} ms per patch" if max_ms else ""
     if row["budget_met"]:
+        state.best_loss = math.inf
         state.log(f"budget met after epoch {state.epoch}: {text}; nothing more is pruned")
     elif state.epoch + 1 > between[1]:
-        at_floor = sum(len(indices) for indices in keep.values()) == 0 and not ranked(2.0, 1.0)
         reason = (
             f"every block has as few filters as --min_filters {min_filters} allows (those that feed a head: at least "
             f"the number of classes)"
-            if at_floor
+            if all(n <= fewest[name] for name, n in left.items())
             else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
         )
         state.log(f"budget not met: {text} after epoch {state.epoch}, the last that prunes; {reason}")
@@ -246,6 +251,8 @@ def _end_epoch_log(state: TrainingState, epochs: int) -> None:
         parts.append(f"{name} {100 * row[key] / state.unpruned[key]:.1f}%")
     if row.get("tau"):
         parts.append(f"tau {max(row['tau'].values()):.3f}")
+    if row.get("ms") is not None:
+        parts.append(f"{row['ms']:.2f} ms")
     recent = [r["seconds"] for r in state.rows[-5:]]
     left = round((epochs - state.epoch) * sum(recent) / len(recent))
     parts += [f"{row['seconds']:.1f} s", f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"]

@@ -73,6 +73,29 @@ def new_run_folder(config: dict) -> Path:
             raise InputError(f"--output {config['output']}: cannot be written to ({error.strerror})") from error
 
 
+def begin(folder: Path, config: dict, about: dict, epoch: int | None) -> None:
+    """Clear a run folder of what killed processes have left, and write config.json: the settings, and what is to be
+    known `about` the run. `epoch` is the one after which an earlier run goes on, None for a new run."""
+    for place in (folder, folder / "models"):
+        sweep(place)
+    if epoch is not None:
+        about = {"continued": [*config.get("continued", []), {"after_epoch": epoch} | about]}
+    write_json(folder / "config.json", config | about)
+
+
+def starting_point(
+    config: dict, run: Path | None, epoch: int | None, model_state: str | None
+) -> tuple[int, Path | None, dict | None]:
+    """The finished epoch after which to start, the model to start from, and what models/state-E holds.
+
+    `run` goes on after `epoch`, from `model_state` or its own model; without an epoch all begins as `config` says.
+    """
+    if epoch is None:
+        return config["epoch_start"], config["model_state"] and Path(config["model_state"]), None
+    source = Path(model_state or run / "models" / f"model-{epoch}")
+    return epoch, source, read_training(run / "models" / f"state-{epoch}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Have `write` make a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
 

@@ -152,16 +152,20 @@ def flops_of(text: str, unpruned: float) -> float | None:
     return float(text[:-1]) * factor if factor else float(text)
 
 
-def pruning_arguments(config: dict, unpruned_flops: int) -> dict:
-    """The arguments of the callback that prunes: the paper's rule, or on the way to a budget."""
+def pruning_arguments(config: dict, unpruned_flops: int) -> dict | None:
+    """The arguments of the callback that prunes by the paper's rule, or to a budget; None where nothing is pruned."""
+    if config["model"] == "nnunet" or config["no_prune"]:
+        return None
+    first, last = (share_of(moment) * config["epochs"] for moment in config["prune_between"])
     arguments = {
-        "between": tuple(share_of(moment) * config["epochs"] for moment in config["prune_between"]),
+        "between": (first, last),
         "min_filters": config["min_filters"],
         "max_prune_fraction": config["max_prune_fraction"] or 1.0,
     }
     if has_budget(config):
         budget = {"max_flops": flops_of(config["max_flops"], unpruned_flops), "max_ms": config["max_ms"]}
-        return arguments | budget
+        whole = math.floor(round(first, 6)), math.ceil(round(last, 6))  # the last one is to see the largest threshold
+        return arguments | budget | {"between": whole}
     return arguments | {key: config[key] for key in ("tau_max", "kappa", "rho", "mu")}
 
 
@@ -196,6 +200,8 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     if args.data is None and args.resume is None:
         raise InputError("--data is needed: one of " + ", ".join(sorted(DATASETS)))
+    if args.history and not (args.model_state and args.epoch_start):
+        raise InputError("--history needs --model_state and --epoch_start: the model, and the epoch it was saved after")
     return args
 
 
@@ -432,8 +438,8 @@ def make_config(args: argparse.Namespace) -> dict:
         "n_classes": dataset.n_classes,
         "dim": dataset.dim,
     }
-    if config["model"] == "nnunet" or config["no_prune"]:
-        config["max_flops"] = given.get("max_flops", "none")
+    if config["model"] == "nnunet" or config["no_prune"] or config["max_ms"] is not None:
+        config["max_flops"] = given.get("max_flops", "none")  # what a data set chooses gives way
     if has_budget(config) and "prune_between" not in given:
         config["prune_between"] = BUDGET_MOMENTS
     for key in ("patch_size", "prune_between"):
@@ -492,6 +498,21 @@ def continued_config(args: argparse.Namespace, saved: dict, run: Path) -> dict:
     return config
 
 
+def settings_of(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """The run folder that is continued, None for a new run, and all settings of the training.
+
+    Raises InputError where settings do not fit one another, the earlier run, or the number of processes.
+    """
+    run = Path(args.resume or args.history) if args.resume or args.history else None
+    config = continued_config(args, read_config(run), run) if run else make_config(args)
+    if config["batch_size"] < distributed.world_size():
+        raise InputError(
+            f"--batch_size {config['batch_size']}: is divided among {distributed.world_size()} processes; each needs a "
+            "patch"
+        )
+    return run, config
+
+
 def read_config(run: Path) -> dict:
     """config.json of a run folder; settings that it lacks have their defaults.
 
@@ -501,6 +522,7 @@ def read_config(run: Path) -> dict:
         config = json.loads((run / "config.json").read_text())
         if not isinstance(config, dict) or not isinstance(config.get("data"), str):
             raise ValueError("not the settings of a training")
+        config.setdefault("max_flops", "none")  # a run of the time before there were budgets
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"
@@ -569,6 +591,13 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
     return device
+
+
+def resume_command(run: Path) -> str:
+    """The command line that continues a run as it was started."""
+    n = distributed.world_size()
+    script = "python" if n == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{script} train.py --resume {shlex.quote(str(run))}"
 
 
 def facts(device: torch.device | None = None) -> dict:

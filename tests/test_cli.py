@@ -18,7 +18,7 @@ import lib.data.cache
 import predict
 import train
 from lib.filters import read_filters
-from lib.models import Sauron, count_filters, load_model
+from lib.models import Sauron, count_filters, load_model, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 ACDC = ROOT.parent / "shared" / "acdc" / "training"
@@ -39,7 +39,7 @@ def arguments(phantom, output):
     ]
 
 
-PRUNE = ["--rho", "1", "--tau_max", "0.5", "--kappa", "1"]
+PRUNE = ["--max_flops", "none", "--rho", "1", "--tau_max", "0.5", "--kappa", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,6 +114,51 @@ def test_a_killed_training_continues_bit_for_bit(phantom, pruned, tmp_path, way,
     assert (run / "out_filters").read_text() == (pruned / "out_filters").read_text()
     a, b = (json.loads((r / "history.json").read_text()) for r in (pruned, run))
     assert all(a[key] == b[key] for key in a if key != "seconds")
+
+
+def test_a_training_to_a_budget_that_dies_after_every_epoch(phantom, tmp_path, monkeypatch):
+    """Bit for bit that of one that was never stopped, before and after the budget is met."""
+    from lib import checkpoint
+
+    budget = ["--max_flops", "50%", "--prune_between", "0%", "75%", "--epochs", "4"]
+    assert train.main([*arguments(phantom, tmp_path), *budget]) == 0
+    run = tmp_path / "unnamed" / "phantom" / "1"
+    history = json.loads((run / "history.json").read_text())
+    assert history["budget_met"] == sorted(history["budget_met"])
+    met = history["budget_met"].index(True)
+    assert 0 < met < 3
+    log = (run / "log.txt").read_text()
+    assert f"budget met after epoch {met + 1}: {history['flops'][-1]:,} FLOPs (" in log
+    unpruned = Sauron(1, 4, 4, 3)
+    whole = summary(unpruned, (32, 32))["flops"]
+    assert all(flops > whole / 2 for flops in history["flops"][:met])
+    assert whole * 0.4 < history["flops"][met] <= whole / 2
+    assert len(set(history["filters"][met:])) == 1
+    small = load_model(run / "models" / "model-4")
+    for key in ("in", "out"):
+        rows = (run / f"{key}_filters").read_text().splitlines()
+        assert len(rows) == 1 + 4 and len(set(rows[1 + met :])) == 1
+        assert read_filters(run / f"{key}_filters") == count_filters(small)[key]
+    assert count_filters(load_model(run / "models" / "model-best")) == count_filters(small)
+    assert f"50% of the FLOPs: met after epoch {met + 1}<" in (run / "report.html").read_text()
+
+    save = checkpoint.save
+
+    def save_then_die(state):
+        save(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_then_die)
+    again = tmp_path / "unnamed" / "phantom" / "2"
+    for epoch in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", str(again)] if epoch else [*arguments(phantom, tmp_path), *budget])
+    for name in ("model-4", "model-best"):
+        a, b = (torch.load(r / "models" / name, weights_only=True) for r in (run, again))
+        assert list(a) == list(b) and all(value.equal(b[key]) for key, value in a.items())
+    assert (again / "out_filters").read_text() == (run / "out_filters").read_text()
+    other = json.loads((again / "history.json").read_text())
+    assert all(history[key] == other[key] for key in history if key != "seconds")
 
 
 def test_bad_starts_change_nothing(phantom, pruned, tmp_path, capsys):

@@ -23,6 +23,7 @@ from lib.experiments.report import (
     draw_examples,
     draw_filters,
     draw_loss,
+    draw_size,
     draw_time,
     main,
     read_run,
@@ -69,10 +70,10 @@ def trained(tmp_path_factory):
 def made_up(tmp_path):
     """Write the files of a run of 3 epochs, the last one of which halved the first block."""
 
-    def write(pruning=True, validation=True, epochs=3, **settings):
+    def write(pruning=True, validation=True, epochs=3, flags=("--max_flops", "none"), more=None, **settings):
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
-        given = ["--epochs", "4", "--data_path", str(tmp_path / "gone"), *(["--no_prune"] if not pruning else [])]
+        given = ["--epochs", "4", "--data_path", str(tmp_path / "gone"), *(flags if pruning else ["--no_prune"])]
         config = make_config(parseArguments([*SMALL, *given])) | facts() | settings
         model = build_model(config)
         rows, size = [count_filters(model)["out"]] * 3, summary(model, (32, 32))
@@ -82,7 +83,7 @@ def made_up(tmp_path):
         history = {
             "epoch": [1, 2, 3],
             "train_loss": [3.0, 2.0, 1.5],
-            "val_loss": [d and 2.5 for d in dice],
+            "val_loss": [d and loss for d, loss in zip(dice, (2.5, None, 2.25), strict=True)],
             "val_dice": dice,
             "seconds": [100.0, 3600.0, 25.0],
             "parameters": [size["parameters"], size["parameters"], size["parameters"] // 2],
@@ -92,7 +93,7 @@ def made_up(tmp_path):
         if pruning:
             history["tau"] = [dict.fromkeys(count_filters(model)["out"], 0.1 * epoch) for epoch in range(3)]
         scores = {"2": {"loss": 2.5, "dice": {"patient001_frame01": [0.9, 0.5, None, 0.75]}}} if validation else {}
-        history = {key: values[:epochs] for key, values in history.items()}
+        history = {key: values[:epochs] for key, values in (history | (more or {})).items()}
         for name, content in (("config", config), ("history", history), ("validation_scores", scores)):
             (run / f"{name}.json").write_text(json.dumps(content))
         (run / "out_filters").write_text(format_filters(rows[:epochs]))
@@ -184,6 +185,41 @@ def test_the_mean_dice_and_the_epoch_of_model_best(made_up):
     assert star.get_xydata() == pytest.approx(np.array([[3, 0.7]]))
 
 
+BUDGET = {"budget_met": [False, True, True], "ms": [None, 4.0, None]}
+
+
+def test_the_budget_and_when_it_was_met(made_up):
+    run = read_run(made_up(flags=["--max_flops", "30%", "--max_ms", "5"], more=BUDGET))
+    size, time = draw_size(run).axes
+    lines = {line.get_label(): line for line in [*size.lines, *time.lines]}
+    assert list(lines["FLOPs allowed: 30.0%"].get_ydata()) == [30, 30]
+    assert lines["FLOPs allowed: 30.0%"].get_linestyle() == "--"
+    assert list(lines["budget met (epoch 2)"].get_xdata()) == [2, 2]
+    assert lines["4.00 ms (right)"].get_xydata().tolist() == [[2, 4]]
+    assert list(lines["5 ms allowed"].get_ydata()) == [5, 5]
+    assert draw_filters(run).axes[1].images[0].get_clim() == (0, 1)
+    page = report(run.folder).read_text()
+    assert "<td>30% of the FLOPs, 5 ms per patch: met after epoch 2</td>" in page
+    assert "(lambda = 0.5, 0 after epoch 2)" in page
+    for flag, value in (("max_flops", "30%"), ("max_ms", "5.0"), ("min_filters", "2"), ("max_prune_fraction", "None")):
+        assert f"<tr><th>{flag}</th><td>{value}</td></tr>" in page
+
+
+def test_a_budget_that_is_not_met(made_up):
+    run = read_run(made_up(flags=["--max_flops", "1K"], more={"budget_met": [False] * 3, "ms": [None] * 3}))
+    assert len(draw_size(run).axes) == 1
+    assert "<td>1K: not met</td>" in report(run.folder).read_text()
+
+
+def test_the_best_model_is_one_that_fits_the_budget(made_up):
+    flags, losses = ["--max_flops", "30%"], {"val_loss": [1.0, 2.0, 1.5]}
+    assert read_run(made_up(flags=flags, more=losses | {"budget_met": [False] * 3})).best == 1
+    assert read_run(made_up(flags=flags, more=losses | {"budget_met": [True] * 3})).best == 3
+    assert read_run(made_up(flags=flags, more=losses | {"budget_met": [False, False, True]})).best == 1  # none yet
+    assert read_run(made_up()).best == 3
+    assert read_run(made_up(validation=False)).best is None
+
+
 def test_the_epochs_that_deleted_filters_are_marked(made_up):
     (area,) = draw_loss(read_run(made_up())).axes[0].patches
     assert (area.get_x(), area.get_width()) == (2.5, 1)
@@ -225,6 +261,19 @@ def test_the_time_of_an_epoch_belongs_to_the_network_that_it_trained(made_up):
         ["--data", "kits", "--model", "nnunet", "--patch_size", "32", "64", "64", "--nesterov", "False"],
         ["--data", "phantom", "--lambda", "0", "--no_prune", "--save_fms", "--data_path", "my data/$HOME; 'x'"],
         ["--data", "phantom", "--lr", "1e-05", "--seed_train", "7", "--prune_between", "10%", "62.5%"],
+        [
+            "--data",
+            "acdc",
+            "--max_flops",
+            "2.5G",
+            "--max_ms",
+            "7",
+            "--min_filters",
+            "3",
+            "--max_prune_fraction",
+            "0.15",
+        ],
+        ["--data", "phantom", "--max_flops", "none"],
     ],
 )
 def test_the_command_repeats_the_settings(argv):

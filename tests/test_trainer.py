@@ -50,6 +50,27 @@ def run(state, callbacks=(), epochs=4, prune=True, data=None, amp=False):
     fit(state, DS_CrossEntropyDiceLoss_Distance(0.5), data or TinyData(), callbacks, **settings)
 
 
+def test_once_the_budget_is_met_the_segmentation_loss_alone_trains(tmp_path, monkeypatch):
+    """In validation, too, and no distance is measured; the same after a resume."""
+    seen, measure = [], compute_loss
+
+    def recorded(model, criterion, images, labels, delta_prune=False, amp=False):
+        seen.append((criterion.uses_distances, delta_prune, model.training))
+        return measure(model, criterion, images, labels, delta_prune, amp)
+
+    monkeypatch.setattr("lib.trainer.compute_loss", recorded)
+    state = make_state(tmp_path)
+    run(state, [lambda state: state.rows[-1].update(budget_met=state.epoch >= 2)])
+    rounds = {True: [(True, False, True), (True, True, True)], False: [(False, False, True)] * 2}
+    validation = [(uses, False, False) for uses in (True, True, False, False)]  # two batches in epochs 2 and 4
+    assert seen == [*rounds[True], *rounds[True], *validation[:2], *rounds[False], *rounds[False], *validation[2:]]
+    assert state.delta_prune == {}
+    seen.clear()
+    state.epoch = 3
+    run(state)
+    assert seen == [*rounds[False], *validation[2:]]
+
+
 def test_learning_rate_falls_to_zero_over_the_epochs():
     assert poly_lr(0.1, 1, 500) == 0.1
     assert poly_lr(0.1, 251, 500) == pytest.approx(0.1 * 0.5**0.9)

@@ -6,7 +6,21 @@ import torch
 
 from lib.data import DATASETS
 from lib.error import InputError
-from lib.utils import continued_config, facts, find_device, make_config, number, parseArguments, read_config, run_script
+from lib.utils import (
+    continued_config,
+    facts,
+    find_device,
+    flops_limit,
+    flops_of,
+    make_config,
+    number,
+    parseArguments,
+    pruning_arguments,
+    read_config,
+    resume_command,
+    run_script,
+    settings_of,
+)
 
 # Every flag of the published parseArguments, with a value that is not its default.
 PUBLISHED = {
@@ -61,6 +75,10 @@ def test_defaults_of_acdc_are_the_published_ones():
         "kappa": 15,
         "rho": 5,
         "mu": 0.02,
+        "max_flops": "none",
+        "max_ms": None,
+        "min_filters": 2,
+        "max_prune_fraction": None,
         "prune_between": ["0%", "100%"],
         "model": "sauron",
         "no_prune": False,
@@ -92,6 +110,9 @@ def test_without_distances_the_loss_has_none(argv):
         (["--prune_between", "50%", "50%"], "--prune_between 50% 50%"),
         (["--epoch_start", "3"], "--epoch_start needs --model_state"),
         (["--optim", "sgd", "--momentum", "0", "--nesterov", "True"], "--nesterov"),
+        (["--no_prune", "--max_flops", "20%"], "--max_flops: nothing is pruned with --no_prune"),
+        (["--model", "nnunet", "--max_flops", "2G"], "--max_flops: nothing is pruned with --model nnunet"),
+        (["--model", "nnunet", "--max_ms", "2"], "--max_ms: nothing is pruned with --model nnunet"),
     ],
 )
 def test_settings_that_do_not_fit_one_another(argv, message):
@@ -118,6 +139,13 @@ def test_settings_that_do_not_fit_one_another(argv, message):
         ["--num_workers", "-1"],
         ["--prune_between", "10", "60%"],
         ["--prune_between", "10%", "101%"],
+        *(
+            ["--max_flops", text]
+            for text in ("0%", "120%", "-1G", "nan", "G", "%", "", "0", "inf", "1e999", "2GG", "2X")
+        ),
+        *(["--max_ms", text] for text in ("0", "-1", "nan", "inf", "none")),
+        *(["--min_filters", text] for text in ("0", "481", "1.5")),
+        *(["--max_prune_fraction", text] for text in ("0", "1.1", "nan")),
     ],
 )
 def test_bad_values_end_with_exit_code_2_and_one_line(argv, capsys):
@@ -175,6 +203,84 @@ def test_a_setting_that_no_flag_gives_is_refused(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match="config.json: is damaged"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("20%", 1000), ("100%", 5000), ("2.5%", 125), ("2G", 2e9), ("500M", 5e8), ("3K", 3e3), ("1T", 1e12), ("2e9", 2e9)]
+    + [("none", None)],
+)
+def test_a_limit_of_flops(text, value):
+    assert flops_limit(text) == text
+    assert flops_of(text, unpruned=5000) == pytest.approx(value)
+
+
+def config_of(*argv):
+    return make_config(parseArguments(["--data", *argv]))
+
+
+def test_who_has_a_budget():
+    for argv, max_flops, moments in [
+        (["phantom"], "25%", ["10%", "60%"]),
+        (["phantom", "--max_flops", "none"], "none", ["0%", "80%"]),  # the paper's rule
+        (["phantom", "--max_ms", "3"], "none", ["10%", "60%"]),
+        (["phantom", "--no_prune"], "none", ["0%", "80%"]),
+        (["phantom", "--model", "nnunet"], "none", ["0%", "80%"]),
+        (["acdc"], "none", ["0%", "100%"]),
+        (["kits", "--max_flops", "2G"], "2G", ["10%", "60%"]),
+        (["kits", "--max_flops", "2G", "--prune_between", "5%", "30%"], "2G", ["5%", "30%"]),
+    ]:
+        config = config_of(*argv)
+        assert (config["max_flops"], config["prune_between"]) == (max_flops, moments), argv
+        assert (config["min_filters"], config["max_prune_fraction"]) == (2, None)
+
+
+def test_what_the_callback_that_prunes_is_given():
+    common = {"min_filters": 2, "max_prune_fraction": 1.0}
+    rule = {"tau_max": 0.3, "kappa": 15, "rho": 5, "mu": 0.02}
+    assert pruning_arguments(config_of("acdc"), 1000) == {"between": (0, 500), **common, **rule}
+    budget = {"between": (6, 36), "max_flops": 250, "max_ms": None, **common}
+    assert pruning_arguments(config_of("phantom"), 1000) == budget
+    for epochs, between in ((1, (0, 1)), (7, (0, 5)), (100, (10, 60))):  # there is an epoch, and the last one sees 1
+        assert pruning_arguments(config_of("phantom", "--epochs", str(epochs)), 1000)["between"] == between
+    config = config_of("acdc", "--max_ms", "3", "--min_filters", "5", "--max_prune_fraction", "0.25")
+    found = {key: value for key, value in pruning_arguments(config, 1000).items() if key != "between"}
+    assert found == {"max_flops": None, "max_ms": 3, "min_filters": 5, "max_prune_fraction": 0.25}
+    for argv in (["phantom", "--no_prune"], ["acdc", "--model", "nnunet"]):
+        assert pruning_arguments(config_of(*argv), 1000) is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["phantom"],
+        ["phantom", "--max_flops", "none"],
+        ["acdc", "--max_flops", "2e9", "--max_ms", "0.5", "--min_filters", "3", "--max_prune_fraction", "0.15"],
+        ["acdc", "--max_ms", "1e-3"],
+        ["phantom", "--max_ms", "7", "--prune_between", "0%", "33.3%"],
+    ],
+)
+def test_a_budget_survives_its_run_folder(tmp_path, argv):
+    config = config_of(*argv)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config
+    args = parseArguments(["--resume", str(tmp_path)])
+    assert settings_of(args) == (tmp_path, config)
+    with pytest.raises(InputError, match="--max_flops 1%: the run"):
+        settings_of(parseArguments(["--resume", str(tmp_path), "--max_flops", "1%"]))
+
+
+def test_a_run_of_the_time_before_budgets_has_none(tmp_path):
+    config = {key: value for key, value in config_of("phantom", "--max_flops", "none").items() if key != "max_flops"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config | {"max_flops": "none"}
+
+
+def test_the_command_that_continues_a_run(monkeypatch):
+    assert resume_command("runs/a b") == "python train.py --resume 'runs/a b'"
+    monkeypatch.setattr("lib.distributed.world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command("run") == "torchrun --nproc_per_node=4 train.py --resume run"
 
 
 def test_numbers():

@@ -10,3 +10,9 @@ DATASETS: dict[str, type[BaseDataset]] = {
     for dataset in (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
     for name in (dataset.name, *dataset.aliases)
 }
+
+
+def build_dataset(config: dict) -> BaseDataset:
+    """The data set of a run's settings. Raises InputError if it is not there, or cannot be split so."""
+    keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
+    return DATASETS[config["data"]](**{key: config[key] for key in keys})

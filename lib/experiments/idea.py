@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.data.phantom import write_phantom
 from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, summary
-from lib.pruning import filters_to_keep, prune
+from lib.pruning import deletable, kept, prune
 from lib.utils import Parser, run_script
 
 TAU, EPOCHS, COPIES, SIZE = 0.3, 20, 4, 64
@@ -75,7 +75,8 @@ def _figure(network: Sauron, image: Tensor) -> Figure:
         delta_prune = network(image, delta_prune=True).delta_prune
         if epoch == 0:
             delta, r = delta_prune["enc_ConvBlock_1"]
-        prune(network, None, {name: filters_to_keep(*measured, TAU) for name, measured in delta_prune.items()})
+        keep = {name: kept(len(d), deletable(d, r_, TAU, at_least=1)) for name, (d, r_) in delta_prune.items()}
+        prune(network, None, keep)
     table = [block for block in network.blocks() if not block.head]
     after = [block.out_filters for block in table]
     costs.append(summary(network, (SIZE, SIZE))["flops"])

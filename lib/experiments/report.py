@@ -33,7 +33,7 @@ from lib.error import InputError
 from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.models import build_model, load_model, summary
-from lib.utils import Parser, find_device, read_config, run_script
+from lib.utils import Parser, find_device, flops_of, has_budget, read_config, run_script
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
@@ -89,6 +89,20 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         return DATASETS[self.config["data"]].class_names
 
+    @property
+    def met(self) -> int | None:
+        """The epoch at whose end the network fitted its budget; None if it did not, or there is none."""
+        met = zip(self.history["epoch"], self.history.get("budget_met", []), strict=False)
+        return next((epoch for epoch, yes in met if yes), None)
+
+    @property
+    def best(self) -> int | None:
+        """The epoch of models/model-best: that of the lowest validation loss, the first of equals; of those after the
+        budget was met, if one of them was validated. None without a validation."""
+        losses = {e: v for e, v in zip(self.history["epoch"], self.history["val_loss"], strict=True) if v is not None}
+        fit = {e: v for e, v in losses.items() if self.met is not None and e > self.met} or losses
+        return min(fit, key=fit.get, default=None)
+
 
 def read_run(folder: Path) -> Run:
     """Read a run folder with at least one finished epoch. Raises InputError if it is none, or a file is broken."""
@@ -137,6 +151,11 @@ def _check_history(history: dict[str, list], n_classes: int) -> None:
     for dice in history["val_dice"]:
         if dice is not None:
             _check_dice(dice, n_classes)
+    if not all(type(value) is bool for value in history.get("budget_met", [])):
+        raise ValueError("budget_met is neither true nor false")
+    ms = history.get("ms", [])
+    if len(ms) not in (0, n) or not all(value is None or _is_number(value) for value in ms):
+        raise ValueError("ms is no number")
 
 
 def _check_dice(dice: list[float | None], n_classes: int) -> None:
@@ -223,18 +242,36 @@ def draw_dice(run: Run) -> Figure:
     curves = {c: [d and d[k] for d in run.history["val_dice"]] for k, c in enumerate(run.classes) if k > 0}
     curves["mean"] = [mean_foreground(dice) for dice in run.history["val_dice"]]
     figure = mark_pruning(run, draw_curves(run, "Dice on the validation set", "Dice (0 to 1)", curves, 1))
-    known = {e: mean for e, mean in zip(run.history["epoch"], curves["mean"], strict=True) if mean is not None}
-    if known:
-        epoch, mean = max(known.items(), key=lambda pair: pair[1])
+    mean = dict(zip(run.history["epoch"], curves["mean"], strict=True)).get(run.best)
+    if mean is not None:
         style = {"color": "black", "linestyle": "none", "marker": "*", "markersize": 9, "clip_on": False, "zorder": 4}
-        figure.axes[0].plot(epoch, mean, label=f"model-best (epoch {epoch})", **style)
+        figure.axes[0].plot(run.best, mean, label=f"model-best (epoch {run.best})", **style)
     return add_legend(figure)
 
 
 def draw_size(run: Run) -> Figure:
+    """What is left; with a budget its limit, and the epoch in which it was met. Beside it milliseconds, if measured."""
     left = {key: [100 * value / before for value in run.history[key]] for key, before in run.unpruned.items()}
     curves = {f"{key.replace('flops', 'FLOPs')}: {values[-1]:.1f}%": values for key, values in left.items()}
-    return add_legend(draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105))
+    figure = draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105)
+    axis, style = figure.axes[0], {"color": "#666666", "linewidth": 1}
+    limit = flops_of(run.config["max_flops"], run.unpruned["flops"])
+    if limit:
+        share = 100 * limit / run.unpruned["flops"]
+        axis.axhline(share, label=f"FLOPs allowed: {share:.1f}%", linestyle="--", **style)
+    if run.met is not None:
+        axis.axvline(run.met, label=f"budget met (epoch {run.met})", linestyle="-.", **style)
+    ms = [(e, v) for e, v in zip(run.history["epoch"], run.history.get("ms", []), strict=False) if v is not None]
+    if ms:
+        right = axis.twinx()
+        label = f"{ms[-1][1]:.2f} ms (right)"
+        right.plot(*zip(*ms, strict=True), label=label, color="black", marker="x", linestyle="none", clip_on=False)
+        right.set(ylabel="time for one patch (ms)", ylim=(0, 1.05 * max(v for _, v in ms)))
+        if run.config["max_ms"]:
+            style |= {"color": "black", "linestyle": (0, (1, 3))}
+            right.axhline(run.config["max_ms"], label=f"{run.config['max_ms']:g} ms allowed", **style)
+            right.set_ylim(0, 1.05 * max(run.config["max_ms"], right.get_ylim()[1]))
+    return add_legend(figure)
 
 
 def draw_time(run: Run) -> Figure:
@@ -260,7 +297,8 @@ def draw_filters(run: Run) -> Figure:
     left = 100 * run.filters / np.array(widths)[:, None]
     maps = [(left, "Filters left", "of the unpruned block (%)", "cividis", 100)]
     if run.tau.size:
-        maps.append((run.tau, "Thresholds", r"threshold $\tau$ of $\delta_{prune}$", "viridis", run.config["tau_max"]))
+        largest = 1 if has_budget(run.config) else run.config["tau_max"]
+        maps.append((run.tau, "Thresholds", r"threshold $\tau$ of $\delta_{prune}$", "viridis", largest))
     figure = new_figure(10, 1 + 0.2 * n)
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     for axis, (values, title, label, colours, largest) in zip(axes, maps, strict=True):
@@ -339,18 +377,24 @@ def overview(run: Run) -> dict[str, str]:
         "network": f"{config['model']} on {config['data']}, patches of {patch} voxels",
     }
     validated = [
-        (loss, mean_foreground(dice), e, dice)
-        for e, loss, dice in zip(history["epoch"], history["val_loss"], history["val_dice"], strict=True)
-        if mean_foreground(dice) is not None
+        (mean, e, dice)
+        for e, dice in zip(history["epoch"], history["val_dice"], strict=True)
+        if (mean := mean_foreground(dice)) is not None
     ]
     if validated:
-        best = min(validated, key=lambda scores: scores[0])  # the first of equals, as models/model-best
-        for name, (_, mean, e, dice) in {"newest Dice": validated[-1], "Dice of model-best": best}.items():
+        best = [scores for scores in validated if scores[1] == run.best]
+        scores = {"newest Dice": validated[-1]} | ({"Dice of model-best": best[0]} if best else {})
+        for name, (mean, e, dice) in scores.items():
             known = [f"{c} {d:.3f}" for c, d in zip(run.classes[1:], dice[1:], strict=True) if d is not None]
             rows[name] = f"{mean:.3f} on average in epoch {e} ({', '.join(known)})"
     for key, before in run.unpruned.items():
         now = history[key][-1]
         rows["FLOPs for one patch" if key == "flops" else key] = f"{before:,} → {now:,} ({100 * now / before:.1f}%)"
+    if has_budget(config):
+        limits = [config["max_flops"] + " of the FLOPs" * config["max_flops"].endswith("%")]
+        limits = limits if config["max_flops"] != "none" else []
+        limits += [f"{config['max_ms']:g} ms per patch"] if config["max_ms"] else []
+        rows["budget"] = ", ".join(limits) + (f": met after epoch {run.met}" if run.met is not None else ": not met")
     seconds = round(sum(history["seconds"]))
     rows["time"] = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} h for training and validation"
     rows["time"] += f", {median(history['seconds']):.1f} s for the median epoch"
@@ -421,7 +465,8 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
     run, lacks, html = read_run(folder), [], {}
     device = find_device(device)
     loss = run.config["loss"]
-    loss += f" (lambda = {run.config['lambda_']:g})" if loss.endswith("_Distance") else ""
+    if loss.endswith("_Distance"):
+        loss += f" (lambda = {run.config['lambda_']:g}" + (f", 0 after epoch {run.met})" if run.met else ")")
     figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
         "loss": (draw_loss, f"{loss}: summed over the heads, mean over the patches."),
         "dice": (draw_dice, "Each class, and their mean, over the validation subjects; before the epoch's pruning."),
