@@ -128,3 +128,14 @@ def test_flops_agree_with_a_hand_count():
     assert summary(small, (8, 8))["flops"] < summary(large, (8, 8))["flops"] == summary(large, (16, 8))["flops"] // 2
     assert summary(large, (8, 8))["parameters"] == sum(p.numel() for p in large.parameters())
     assert summary(large, (8, 8))["filters"] == 4 + 4 + 8 + 8 + 16 + 16 + 3 * 8 + 3 * 4
+
+
+@pytest.mark.parametrize(("dim", "patch_size"), [("2D", (16, 8)), ("3D", (8, 16, 24))])
+def test_flops_are_torchs_count(dim, patch_size):
+    out = count_filters(nnUNet(1, 3, 4, 4, dim=dim))["out"]
+    pruned = {name: n if "Sequential" in name else 1 + i % n for i, (name, n) in enumerate(out.items())}
+    for filters in (None, {"out": pruned}):
+        model = nnUNet(1, 3, 4, 4, dim=dim, filters=filters)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 1, *patch_size))
+        assert summary(model, patch_size)["flops"] == counter.get_total_flops()

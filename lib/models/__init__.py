@@ -1,16 +1,15 @@
 """The models, and how to get one back from a file."""
 
-import copy
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lib.error import InputError
 from lib.filters import read_filters
 from lib.models.BaseModel import read_state
-from lib.models.nnUNet import nnUNet
+from lib.models.nnUNet import IMAGE, nnUNet
 from lib.models.Sauron import Sauron
 
 MODELS = {"sauron": Sauron, "nnunet": nnUNet}
@@ -92,14 +91,16 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
 
 
 def summary(model: nnUNet, patch_size: tuple[int, ...]) -> dict[str, int]:
-    """{"parameters", "flops", "filters"}: torch's count of FLOPs (2 per multiply-add) for one patch; filters that
-    can be pruned, so heads not counted."""
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        nnUNet.forward(shadow, torch.empty(1, model.modalities, *patch_size, device="meta"))
+    """{"parameters", "flops", "filters"}: the FLOPs of the convolutions (2 per multiply-add, torch's count) for one
+    patch; filters that can be pruned, so heads not counted."""
+    voxels, flops = {IMAGE: math.prod(patch_size)}, 0
+    for block in model.blocks():
+        before, step = voxels[block.parents[0]], math.prod(block.conv.stride)
+        voxels[block.name] = before * step if block.transposed else before // step
+        flops += 2 * block.conv.weight.numel() * (before if block.transposed else voxels[block.name])
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": counter.get_total_flops(),
+        "flops": flops,
         "filters": sum(block.out_filters for block in model.blocks() if not block.head),
     }
 
