@@ -41,7 +41,7 @@ def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
 
 
 def default_batch_size(dim: str, device: torch.device) -> int:
-    """How many patches at once are fastest; on the CPU few, whose feature maps stay in memory that is in use."""
+    """How many patches to compute at once: on the CPU few, as the maps of more go through fresh memory each time."""
     return 2 if dim == "3D" or device.type == "cpu" else 8
 
 
