@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
-from lib.inference import predict_file, save
+from lib.inference import default_batch_size, predict_file, save
 from lib.models import compile_model, load_model
 from lib.prediction import (
     challenge_names,
@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
-    batch_help = "patches computed at once (default: 8 in 2D, 4 on the CPU; 2 in 3D)"
+    batch_help = "patches computed at once (default: 8 in 2D, 2 on the CPU; 2 in 3D)"
     add("--batch_size", type=number(int, 1, 10**6), help=batch_help)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe (default: float32 throughout)")
     compile_help = (
@@ -121,7 +121,7 @@ def predict(args: argparse.Namespace) -> None:
         check_same_model(args.output, args.model_state)
     if args.compile:
         compile_model(model, device)
-    batch_size = args.batch_size or (2 if model.dim == "3D" else 4 if device.type == "cpu" else 8)
+    batch_size = args.batch_size or default_batch_size(model.dim, device)
 
     description = describe(model, args.model_state, dataset, patch_size, config)
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):

@@ -40,6 +40,11 @@ def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
     return [(side, (gaussian / total[side]).float()) for side in sides]
 
 
+def default_batch_size(dim: str, device: torch.device) -> int:
+    """How many patches to compute at once: on the CPU few, as the maps of more go through fresh memory each time."""
+    return 2 if dim == "3D" or device.type == "cpu" else 8
+
+
 @torch.inference_mode()
 def predict_volume(
     model: nn.Module,

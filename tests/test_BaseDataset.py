@@ -208,7 +208,7 @@ def test_the_size_is_announced_before_it_is_written(folder, tmp_path, kind, caps
     dataset = kind(folder, tmp_path)
     foretold = {file.id: cache.stored_bytes(file, kind.preprocessing) for file in dataset.files("train")}
     dataset.prepare()
-    announced, _, _ = capsys.readouterr().err.partition("\n")
+    announced, _, _ = capsys.readouterr().out.partition("\n")
     assert f"8 preprocessed volumes need 0.1 MB in {dataset.cache}, " in announced and announced.endswith(" are free")
     for subject, n_bytes in foretold.items():
         arrays = [np.load(path, mmap_mode="r") for path in (dataset.cache / subject).glob("*.npy")]

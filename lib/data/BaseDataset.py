@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,7 +158,7 @@ class BaseDataset:
         what = f"{len(stale)} preprocessed volumes need {_in_words(needed)} in {self.cache}, {_in_words(free)} are free"
         if needed > free:
             raise InputError(f"--cache_path: {what}; make room, or give another folder")
-        tqdm.write(what, file=sys.stderr)
+        print(what, flush=True)
         store = partial(
             cache.store,
             preprocessing=self.preprocessing,

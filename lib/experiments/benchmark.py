@@ -36,7 +36,7 @@ from lib.data.BaseDataset import BaseDataset, case_number
 from lib.error import InputError
 from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.inference import predict_volume
+from lib.inference import default_batch_size, predict_volume
 from lib.models import load_model, summary
 from lib.models.nnUNet import nnUNet
 from lib.utils import (
@@ -326,7 +326,7 @@ def inference_seconds(
 
     Each volume goes through all models one after another, so that other load on the machine meets all of them.
     """
-    batch_size = 8 if len(patch_size) == 2 else 2  # as predict.py
+    batch_size = default_batch_size(f"{len(patch_size)}D", next(models[0].parameters()).device)  # as predict.py
     warm_up = torch.zeros(len(volumes[0]), *patch_size, *[1] * (3 - len(patch_size)))
     for model in models:
         predict_volume(model, warm_up, patch_size, tta, batch_size=batch_size)

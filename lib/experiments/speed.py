@@ -37,7 +37,7 @@ from lib.data.augmentation import augmentation
 from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
 from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
-from lib.inference import predict_volume
+from lib.inference import default_batch_size, predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models import summary
 from lib.models.nnUNet import nnUNet
@@ -326,8 +326,9 @@ def predict(args: argparse.Namespace) -> None:
         return literal(x).outputs
 
     outputs_only.n_classes, outputs_only.parameters = large.n_classes, large.parameters
+    batch_size = default_batch_size(large.dim, args.device)
     sides = {
-        "ours": lambda: [predict_volume(large, v, args.patch_size).argmax(0) for v in volumes],
+        "ours": lambda: [predict_volume(large, v, args.patch_size, True, batch_size).argmax(0) for v in volumes],
         "one patch at a time": lambda: [predict_one_by_one(large, v, args.patch_size) for v in volumes],
         "one patch at a time, literal Sauron": lambda: [
             predict_one_by_one(outputs_only, v, args.patch_size) for v in volumes
