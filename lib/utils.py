@@ -344,20 +344,25 @@ def _parser() -> Parser:
     add(
         pruning,
         "--max_flops",
-        "budget: a share of the unpruned network's FLOPs (20%%) or a number (2G) that pruning ends at; none: the "
-        "paper's rule",
+        "budget: prune until this share of the unpruned network's FLOPs (20%%), or this number (2G), is left; none: "
+        "by the paper's rule",
         type=flops_limit,
         metavar="LIMIT",
     )
     add(
         pruning,
         "--max_ms",
-        "budget: median milliseconds per patch, measured on the device of the run",
+        "budget: prune until one patch takes so many milliseconds (median, on the device of the run)",
         "none",
         type=number(float, 0, 1e9, open_low=True),
         metavar="N",
     )
-    add(pruning, "--min_filters", "a block keeps so many (one that feeds a head: as many as classes)", type=maps)
+    add(
+        pruning,
+        "--min_filters",
+        "a block keeps so many filters at least (one that feeds a head: as many as there are classes)",
+        type=maps,
+    )
     add(
         pruning,
         "--max_prune_fraction",

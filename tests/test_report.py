@@ -192,7 +192,7 @@ def test_the_budget_and_when_it_was_met(made_up):
     run = read_run(made_up(flags=["--max_flops", "30%", "--max_ms", "5"], more=BUDGET))
     size, time = draw_size(run).axes
     lines = {line.get_label(): line for line in [*size.lines, *time.lines]}
-    assert list(lines["FLOPs allowed: 30.0%"].get_ydata()) == [30, 30]
+    assert list(lines["FLOPs allowed: 30.0%"].get_ydata()) == pytest.approx([30, 30])
     assert lines["FLOPs allowed: 30.0%"].get_linestyle() == "--"
     assert list(lines["budget met (epoch 2)"].get_xdata()) == [2, 2]
     assert lines["4.00 ms (right)"].get_xydata().tolist() == [[2, 4]]
