@@ -36,6 +36,7 @@ def arguments(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DATASETS["phantom"], "cases", range(1, 11))
         small = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
+        small += ["--min_filters", "2"]
         pruning = ["--max_prune_fraction", "0.6", "--device", "cpu"]
         paths = ["--data_path", str(folder / "phantom"), "--cache_path", str(folder / "cache")]
         own = ["--data", "phantom", "--epochs", "2", "--seeds", "1", "--output", str(folder / "out")]

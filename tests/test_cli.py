@@ -23,6 +23,7 @@ from lib.models import Sauron, count_filters, load_model, summary
 ROOT = Path(__file__).resolve().parents[1]
 ACDC = ROOT.parent / "shared" / "acdc" / "training"
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0", "--device", "cpu"]
+SMALL += ["--min_filters", "2"]
 needs_acdc = pytest.mark.skipif(not ACDC.is_dir(), reason="the real ACDC patients (../shared/acdc) are not here")
 
 

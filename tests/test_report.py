@@ -37,6 +37,7 @@ from lib.utils import facts, make_config, parseArguments
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CPU = torch.device("cpu")
 SMALL = ["--data", "phantom", "--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
+SMALL += ["--min_filters", "2"]
 COUNT_IMAGES = """<script>onload = () => {
 const images = [...document.images]
 document.title = images.filter(i => i.naturalWidth > 0).length + " of " + images.length

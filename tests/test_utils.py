@@ -160,7 +160,7 @@ def test_help_states_every_default(capsys):
         parseArguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: None)" not in text
-    assert "first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9 (default: 0.001 (acdc, kits, phantom)," in text
+    assert "first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9 (default: 0.001 (acdc, kits)," in text
     assert "weight decay (default: 1e-05)" in text
     for name in ("acdc", "phantom"):
         assert str(DATASETS[name].defaults["epochs"]) + f" ({name}" in text
@@ -232,14 +232,14 @@ def test_who_has_a_budget():
     ]:
         config = config_of(*argv)
         assert (config["max_flops"], config["prune_between"]) == (max_flops, moments), argv
-        assert (config["min_filters"], config["max_prune_fraction"]) == (2, None)
+        assert (config["min_filters"], config["max_prune_fraction"]) == (8 if argv[0] == "phantom" else 2, None)
 
 
 def test_what_the_callback_that_prunes_is_given():
     common = {"min_filters": 2, "max_prune_fraction": 1.0}
     rule = {"tau_max": 0.3, "kappa": 15, "rho": 5, "mu": 0.02}
     assert pruning_arguments(config_of("acdc"), 1000) == {"between": (0, 500), **common, **rule}
-    budget = {"between": (6, 36), "max_flops": 250, "max_ms": None, **common}
+    budget = {"between": (6, 36), "max_flops": 250, "max_ms": None, **common, "min_filters": 8}
     assert pruning_arguments(config_of("phantom"), 1000) == budget
     for epochs, between in ((1, (0, 1)), (7, (0, 5)), (100, (10, 60))):  # there is an epoch, and the last one sees 1
         assert pruning_arguments(config_of("phantom", "--epochs", str(epochs)), 1000)["between"] == between

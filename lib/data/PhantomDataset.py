@@ -26,12 +26,14 @@ class PhantomDataset(ACDCDataset):
         "fms_init": 16,
         "levels": 4,
         "epochs": 60,
+        "lr": 3e-3,
         "val_interval": 1,
         "tau_max": 0.46,
         "kappa": 4,
         "rho": 2,
         "mu": 0.1,
         "max_flops": "25%",
+        "min_filters": 8,
         "prune_between": ("0%", "80%"),  # without a budget; then train what is left
     }
 
