@@ -25,6 +25,7 @@ from lib.trainer import build_optimizer, fit
 from lib.utils import (
     CHANGEABLE,
     LOST,
+    check_amp,
     facts,
     find_device,
     parseArguments,
@@ -42,6 +43,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         args = parseArguments(argv)
         run, config = settings_of(args)
         device = find_device(config["device"])
+        check_amp(config, device)
         if run and distributed.is_main():
             held.enter_context(locked(run))
     shared = {key: value for key, value in config.items() if key not in CHANGEABLE or key == "epochs"}
