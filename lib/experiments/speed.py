@@ -3,7 +3,7 @@
 step      a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet
 epoch     an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data
 data      augmented patches from torchio's own chain over ours
-predict   predict.py with a tenth of the FLOPs over all of them; our windows over a loop of one patch at a time
+predict   predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at a time
 evaluate  metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory
 
 Every line gives the median and the range over the repeats. CPU seconds are counted where there is one thread, the wall
@@ -207,6 +207,8 @@ def dataset_of(args: argparse.Namespace, **settings) -> BaseDataset:
 
 
 def step(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py
     n_classes = DATASETS[args.data].n_classes
     torch.manual_seed(1)
     images = torch.randn(args.batch_size, 1, *args.patch_size, device=args.device)
@@ -284,6 +286,8 @@ class Watched:
 
 
 def epoch(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py
     data = Watched(dataset_of(args, batch_size=args.batch_size, num_workers=args.num_workers), args.batches)
     large = build(Sauron, args)
     networks = {"whole network": large, "small network": cut_down(large, args)}
