@@ -11,6 +11,7 @@ from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
 from lib.inference import default_batch_size, predict_file, save
+from lib.memory import keep_freed_memory
 from lib.models import compile_model, load_model
 from lib.prediction import (
     challenge_names,
@@ -113,6 +114,8 @@ def predict(args: argparse.Namespace) -> None:
     patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
     check_output(args.output)
     device = find_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
     images = find_images(args, config)

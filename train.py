@@ -17,6 +17,7 @@ from lib.experiments.report import report_training
 from lib.lock import locked
 from lib.log import Log, no_log
 from lib.loss import build_loss
+from lib.memory import keep_freed_memory
 from lib.models import build_model, compile_model, summary
 from lib.models.BaseModel import read_state
 from lib.stop import Stopped
@@ -24,6 +25,7 @@ from lib.trainer import build_optimizer, fit
 from lib.utils import (
     CHANGEABLE,
     LOST,
+    check_amp,
     facts,
     find_device,
     parseArguments,
@@ -41,6 +43,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         args = parseArguments(argv)
         run, config = settings_of(args)
         device = find_device(config["device"])
+        check_amp(config, device)
         if run and distributed.is_main():
             held.enter_context(locked(run))
     shared = {key: value for key, value in config.items() if key not in CHANGEABLE or key == "epochs"}
@@ -52,6 +55,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         if epoch >= config["epochs"]:
             raise InputError(f"--epochs {config['epochs']}: epoch {epoch} is finished; give a larger number to go on")
         if device.type == "cpu":
+            keep_freed_memory()
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config["seed_train"])
         weights = read_state(source) if source else None

@@ -41,7 +41,7 @@ def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
 
 
 def default_batch_size(dim: str, device: torch.device) -> int:
-    """How many patches to compute at once: on the CPU few, as the maps of more go through fresh memory each time."""
+    """How many patches to compute at once: on the CPU more than two gain nothing and need memory."""
     return 2 if dim == "3D" or device.type == "cpu" else 8
 
 

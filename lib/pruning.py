@@ -131,8 +131,6 @@ def _cut(block: Block, inputs: Tensor, outputs: Tensor) -> dict[nn.Parameter, tu
         setattr(conv, name, new)
         replaced[old] = (new, cut)
     conv.in_channels, conv.out_channels = len(inputs), len(outputs)
-    if block.norm is not None:
-        block.norm.num_features = len(outputs)
     return replaced
 
 

@@ -256,7 +256,8 @@ def _parser() -> Parser:
         "--amp",
         action="store_true",
         default=None,
-        help="let the network compute in bfloat16 where that is safe (default: float32 throughout)",
+        help="let the network compute in bfloat16 where that is safe; not for 3D on the CPU (default: float32 "
+        "throughout)",
     )
     run.add_argument(
         "--compile",
@@ -483,6 +484,15 @@ def check_config(config: dict) -> None:
         raise InputError("--nesterov True needs a --momentum above 0")
     if config["epoch_start"] and not config["model_state"]:
         raise InputError("--epoch_start needs --model_state: the model of that epoch")
+
+
+def check_amp(config: dict, device: torch.device) -> None:
+    """Raise InputError where --amp would spoil a training: on the CPU, torch's bfloat16 gradients of 3D convolutions
+    are not to be relied on where maps are a few voxels thin."""
+    if config["amp"] and config["dim"] == "3D" and device.type == "cpu":
+        raise InputError(
+            "--amp: gradients of 3D networks in bfloat16 are unsafe on the CPU; leave it out, or use a GPU"
+        )
 
 
 def continued_config(args: argparse.Namespace, saved: dict, run: Path) -> dict:

@@ -339,6 +339,12 @@ def test_the_table_is_long_and_good_input_is_accepted(place, tmp_path):
         assert main([*map(str, argv)]) == 0
 
 
+def test_bfloat16_is_refused_for_3d_trainings_on_the_cpu(tmp_path, capsys):
+    argv = ["--data", "phantom3d", "--data_path", tmp_path / "data", "--output", tmp_path / "runs", "--device", "cpu"]
+    assert_refused(train.main([*map(str, argv), "--amp"]), capsys, ["--amp", "3D", "leave it out"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_setting_of_another_type_does_not_resume(place, tmp_path, capsys):
     main, argv = script("train", place, tmp_path)
     assert main([*map(str, argv)]) == 0

@@ -6,6 +6,7 @@ from lib.distance import euc_norm
 from lib.error import InputError
 from lib.filters import format_filters
 from lib.models import Sauron, architecture, count_filters, load_model, nnUNet, summary
+from lib.models.nnUNet import InstanceNorm
 
 
 def test_the_published_acdc_network():
@@ -31,6 +32,19 @@ def test_outputs_run_from_full_resolution_downwards(dim, size):
     assert [tuple(p.shape) for p in outputs] == [(2, 3, *size), (2, 3, *(s // 2 for s in size))]
     for p in outputs:
         torch.testing.assert_close(p.sum(1), torch.ones_like(p[:, 0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 2, 4, 6, 5)])
+def test_instance_norm_and_its_gradient_equal_torchs(shape):
+    x, weights = torch.randn(shape, dtype=torch.float64) * 3 + 5, torch.randn(shape, dtype=torch.float64)
+    values, gradients = [], []
+    for norm in (InstanceNorm(), torch.nn.functional.instance_norm):
+        leaf = x.clone().requires_grad_()
+        values.append(norm(leaf))
+        (values[-1] * weights).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
 
 
 def test_sizes_that_do_not_halve_are_refused():

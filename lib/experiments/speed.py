@@ -3,7 +3,7 @@
 step      a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet
 epoch     an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data
 data      augmented patches from torchio's own chain over ours
-predict   predict.py with a tenth of the FLOPs over all of them; our windows over a loop of one patch at a time
+predict   predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at a time
 evaluate  metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory
 
 Every line gives the median and the range over the repeats. CPU seconds are counted where there is one thread, the wall
@@ -13,12 +13,15 @@ clock's elsewhere.
 import argparse
 import copy
 import itertools
+import multiprocessing
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -39,8 +42,9 @@ from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
 from lib.inference import default_batch_size, predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
+from lib.memory import keep_freed_memory
 from lib.models import summary
-from lib.models.nnUNet import nnUNet
+from lib.models.nnUNet import ConvBlock, nnUNet
 from lib.models.Sauron import Measured, Sauron
 from lib.pruning import prune
 from lib.trainer import compute_loss, train_epoch
@@ -53,7 +57,18 @@ SHARE = 0.1  # of the FLOPs that a pruned network keeps
 # --- the formulas as they are written ---------------------------------------------------------------------------------
 
 
-class LiteralSauron(Sauron):
+class PublishedUNet(nnUNet):
+    """nnUNet with torch's own instance norm."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        norm = nn.InstanceNorm2d if self.dim == "2D" else nn.InstanceNorm3d
+        for module in self.modules():
+            if isinstance(module, ConvBlock):
+                module.seq[1] = norm(module.seq[0].out_channels)
+
+
+class LiteralSauron(PublishedUNet):
     """Sauron with min-max and differences of full-size maps, and delta_prune in every forward pass."""
 
     def forward(self, x: Tensor, delta_opt: bool = True, delta_prune: bool = True) -> Measured:
@@ -92,10 +107,31 @@ def torchio_chain(dim: str) -> tio.Compose:
     return chain
 
 
-@torch.no_grad()
-def predict_one_by_one(model: nn.Module, volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
-    """Labels (X, Y, Z): `predict_volume` with one patch and one mirroring at a time."""
-    return predict_volume(model, volume, patch_size, batch_size=1).argmax(0)
+class OutputsOnly(LiteralSauron):
+    """LiteralSauron as it is called to predict: what it measures is thrown away."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x).outputs
+
+
+PREDICTIONS = {  # the network of each way to predict
+    "ours": nnUNet,
+    "one patch at a time": PublishedUNet,
+    "one patch at a time, literal Sauron": OutputsOnly,
+}
+
+
+def timed_prediction(side: str, args: argparse.Namespace, volumes: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    """Seconds, and the labels of all voxels of preprocessed volumes (1, X, Y, Z); for a process of its own."""
+    torch.set_num_threads(args.threads)
+    ours = side == "ours"
+    if ours and args.device.type == "cpu":
+        keep_freed_memory()
+    model = build(PREDICTIONS[side], args).eval()
+    batch_size = default_batch_size(model.dim, args.device) if ours else 1
+    start = clock(args.device)
+    labels = [predict_volume(model, torch.from_numpy(v), args.patch_size, True, batch_size).argmax(0) for v in volumes]
+    return clock(args.device) - start, torch.cat([volume.flatten() for volume in labels]).byte().numpy()
 
 
 def medpy_metrics(prediction: Path, truth: Path) -> list[list[float]]:
@@ -171,6 +207,8 @@ def dataset_of(args: argparse.Namespace, **settings) -> BaseDataset:
 
 
 def step(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py
     n_classes = DATASETS[args.data].n_classes
     torch.manual_seed(1)
     images = torch.randn(args.batch_size, 1, *args.patch_size, device=args.device)
@@ -248,6 +286,8 @@ class Watched:
 
 
 def epoch(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py
     data = Watched(dataset_of(args, batch_size=args.batch_size, num_workers=args.num_workers), args.batches)
     large = build(Sauron, args)
     networks = {"whole network": large, "small network": cut_down(large, args)}
@@ -318,25 +358,16 @@ def predict(args: argparse.Namespace) -> None:
         }
         show_ratio(*sides, interleave(sides, args, warm_up=False))
         paths = sorted(path.resolve() for path in images.iterdir())
-    volumes = [preprocess(read_image(path), dataset.preprocessing)[0] for path in paths]
-    literal = LiteralSauron(1, large.n_classes, args.fms_init, args.levels, dim=large.dim).to(args.device).eval()
-    literal.load_state_dict(large.state_dict())
-
-    def outputs_only(x: Tensor) -> list[Tensor]:
-        return literal(x).outputs
-
-    outputs_only.n_classes, outputs_only.parameters = large.n_classes, large.parameters
-    batch_size = default_batch_size(large.dim, args.device)
-    sides = {
-        "ours": lambda: [predict_volume(large, v, args.patch_size, True, batch_size).argmax(0) for v in volumes],
-        "one patch at a time": lambda: [predict_one_by_one(large, v, args.patch_size) for v in volumes],
-        "one patch at a time, literal Sauron": lambda: [
-            predict_one_by_one(outputs_only, v, args.patch_size) for v in volumes
-        ],
-    }
-    found, expected, literal_labels = (torch.cat([v.flatten() for v in side()]) for side in sides.values())
-    print(f"voxels whose label differs: {int((found != expected).sum() + (found != literal_labels).sum())}")
-    seconds = interleave(sides, args, warm_up=False)
+    volumes = [preprocess(read_image(path), dataset.preprocessing)[0].numpy() for path in paths]
+    seconds, labels = {side: [] for side in PREDICTIONS}, {}
+    with ExitStack() as stack:  # how memory is allocated belongs to the process
+        spawn = multiprocessing.get_context("spawn")
+        processes = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in PREDICTIONS}
+        for _ in range(args.repeats):
+            for side, process in processes.items():
+                taken, labels[side] = process.submit(timed_prediction, side, args, volumes).result()
+                seconds[side].append(taken)
+    print(f"voxels whose label differs: {sum(int((labels['ours'] != other).sum()) for other in labels.values())}")
     show_ratio("ours", "one patch at a time", seconds)
     show_ratio("ours", "one patch at a time, literal Sauron", seconds)
 

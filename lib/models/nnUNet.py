@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.models.BaseModel import BaseModel
@@ -20,7 +21,6 @@ class Block:
     parents: tuple[str, ...]
     transposed: bool = False
     head: bool = False
-    norm: nn.Module | None = None
 
     @property
     def in_filters(self) -> int:
@@ -31,15 +31,25 @@ class Block:
         return self.conv.out_channels
 
 
+class InstanceNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) over all spatial axes of each image and channel of (B, C, *spatial).
+
+    On the CPU a group norm of one channel per group is several times as fast as torch's instance norm.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, x.shape[1]) if x.device.type == "cpu" else F.instance_norm(x)
+
+
 class ConvBlock(nn.Module):
     """Convolution 3x3(x3) -> InstanceNorm -> LeakyReLU(0.01)."""
 
     def __init__(self, in_filters: int, out_filters: int, dim: str, stride: int = 1):
         super().__init__()
-        conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dim == "2D" else (nn.Conv3d, nn.InstanceNorm3d)
+        conv = nn.Conv2d if dim == "2D" else nn.Conv3d
         self.seq = nn.Sequential(
             conv(in_filters, out_filters, 3, stride=stride, padding=1),
-            norm(out_filters),
+            InstanceNorm(),
             nn.LeakyReLU(0.01, inplace=True),
         )
 
@@ -107,15 +117,14 @@ class nnUNet(BaseModel):
         """Every convolution in the order of the forward pass: the one table that pruning and filter files use."""
         table, below = [], IMAGE
         for k, block in enumerate(self.encoder):
-            table.append(Block(f"enc_ConvBlock_{k + 1}", block.seq[0], (below,), norm=block.seq[1]))
+            table.append(Block(f"enc_ConvBlock_{k + 1}", block.seq[0], (below,)))
             below = table[-1].name
         for stage in range(self.levels - 1):
             up, first, second = self._stage_names(stage)
             skip = f"enc_ConvBlock_{2 * (self.levels - 1 - stage)}"
             table.append(Block(up, self.decoder[3 * stage], (below,), transposed=True))
             for i, (name, parents) in enumerate([(first, (skip, up)), (second, (first,))]):
-                conv, norm, _ = self.decoder[3 * stage + 1 + i].seq
-                table.append(Block(name, conv, parents, norm=norm))
+                table.append(Block(name, self.decoder[3 * stage + 1 + i].seq[0], parents))
             if stage > 0:
                 table.append(Block(f"dec_Sequential_{stage}", self.last[stage - 1][0], (second,), head=True))
             below = second
