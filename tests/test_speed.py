@@ -39,6 +39,7 @@ def test_it_runs_and_prints_ratios(command, phantom, capsys):
     if command == "data":
         assert float(re.search(r"largest difference of a voxel: (\S+)", printed)[1]) < 1e-3
     if command == "predict":
-        assert "voxels whose label differs: 0\n" in printed
+        differ, n = re.search(r"voxels whose label differs: (\d+) of (\d+)", printed).groups()
+        assert int(differ) <= 1e-4 * int(n)  # the two norms round differently, and the network knows nothing
     if command == "evaluate":
         assert float(re.search(r"largest difference from medpy: (\S+)", printed)[1]) < 1e-9
