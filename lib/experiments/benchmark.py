@@ -485,7 +485,8 @@ def benchmark(args: argparse.Namespace) -> None:
         seconds = sum(sum(json.loads((run / "history.json").read_text())["seconds"]) for run in runs)
         sizes[row, seed] = size | {"bytes": path.stat().st_size, "training_seconds": seconds}
     images = [subject for part in plan.partitions for subject in plan.data.ids[part]]
-    volumes = [plan.data.get(plan.partitions[0])[i]["image"].data for i in range(TIMED) if i < len(images)]
+    volumes = plan.data.get(plan.partitions[0])
+    volumes = [volumes[i]["image"].data for i in range(min(TIMED, len(volumes)))]
     for task, seconds in zip(tasks, inference_seconds(models, volumes, patch_size, plan.tta), strict=True):
         sizes[task]["inference_seconds"] = seconds
 
