@@ -450,14 +450,18 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
 
 def finished_rows(plan: Plan) -> dict[str, list[int]]:
-    """{key: seeds} of what has been evaluated in the folder, in the order of the table; the unpruned nnUNet first."""
+    """{key: seeds} of what has been evaluated in the folder, in the order of the table."""
     found: dict[str, list[int]] = {}
     for path in (plan.output / "results").glob("*.json"):
         match = re.fullmatch(r"(.+)-(\d+)", path.stem)
         if match and match[1].partition("@")[0] in ROWS:
             found.setdefault(match[1], []).append(int(match[2]))
-    extra = sorted(key for key in found if key not in ROWS)
-    order = [*(key for key in ROWS if key in found), *sorted(extra, key=lambda key: key.partition("@")[2])]
+
+    def place(key: str) -> tuple[str, int]:
+        kind, _, limit = key.partition("@")
+        return limit, ROWS.index(kind)
+
+    order = sorted(found, key=place)
     return {key: sorted(found[key]) for key in order}
 
 
