@@ -418,22 +418,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, "missing", "other key"])
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_model_with_some_other_tensor(tmp_path, place, kind, data):
+def test_a_model_with_some_other_tensor(tmp_path, place, kind):
     state = torch.load(place / "model", weights_only=True)
-    key = data.draw(st.sampled_from(sorted(state)))
-    tensor = state.pop(key)
-    if kind == "other key":
-        state |= {key: tensor, data.draw(st.integers() | st.text(max_size=3) | st.tuples(st.text())): tensor}
-    elif kind != "missing":
-        state[key] = CHANGES[kind](tensor)
-    if kind == "cut" and tensor.shape[0] == 1 or kind == "flat" and tensor.ndim == 1:
-        return
-    torch.save(state, tmp_path / "model")
-    with pytest.raises(InputError, match=str(tmp_path / "model")) as refused:
-        load_model(tmp_path / "model")
-    assert "\n" not in str(refused.value)
+    for key, tensor in state.items():
+        if kind == "cut" and tensor.shape[0] == 1 or kind == "flat" and tensor.ndim == 1:
+            continue
+        changed = {name: value for name, value in state.items() if name != key}
+        if kind == "other key":
+            changed |= {key: tensor} | dict.fromkeys((3, "", key + "x", (key,)), tensor)
+        elif kind != "missing":
+            changed[key] = CHANGES[kind](tensor)
+        torch.save(changed, tmp_path / "model")
+        with pytest.raises(InputError, match=str(tmp_path / "model")) as refused:
+            load_model(tmp_path / "model")
+        assert "\n" not in str(refused.value)
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)

@@ -23,7 +23,7 @@ def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
     try:
         first, last = state["encoder.0.seq.0.weight"], state["last.0.0.weight"]
         levels = sum(key.startswith("encoder.") and key.endswith(".weight") for key in state) // 2
-        dim = {4: "2D", 5: "3D"}[first.ndim]
+        dim, n_classes = {4: "2D", 5: "3D"}[first.ndim], len(last)
         out = {f"enc_ConvBlock_{k + 1}": len(state[f"encoder.{k}.seq.0.weight"]) for k in range(2 * levels)}
         for stage in range(levels - 1):
             out[f"dec_ConvTranspose{dim.lower()}_{stage + 1}"] = state[f"decoder.{3 * stage}.weight"].shape[1]
@@ -35,7 +35,7 @@ def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
         raise InputError(f"{source}: is no model of nnUNet or Sauron ({error} is missing)") from error
     return {
         "modalities": first.shape[1],
-        "n_classes": len(last),
+        "n_classes": n_classes,
         "fms_init": out["enc_ConvBlock_1"],
         "levels": levels,
         "dim": dim,
