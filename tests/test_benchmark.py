@@ -262,8 +262,8 @@ def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments,
     assert benchmark.main([*argv, "90%", *small]) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     rows = {row["row"]: row for row in table["rows"]}
-    kinds = ("Sauron, budget {}", "nnUNet of Sauron's at {} widths, from scratch")
-    kinds += ("nnUNet, torch-pruning to Sauron's at {} FLOPs, fine-tuned",)
+    kinds = ("Sauron, budget {}", "nnUNet of Sauron's widths ({}), from scratch")
+    kinds += ("nnUNet, torch-pruning to Sauron's FLOPs ({}), fine-tuned",)
     assert list(rows) == ["nnUNet", *(kind.format(limit) for limit in ("70%", "90%") for kind in kinds)]
     whole = rows["nnUNet"]["flops"]["mean"]
     for limit, share in (("70%", 0.7), ("90%", 0.9)):

@@ -95,13 +95,13 @@ def make_row_plan(key: str, epochs: int) -> Row:
     """What there is to train for a row."""
     name, _, limit = key.partition("@")
     sauron, limit = f"sauron@{limit}" if limit else "sauron", limit.replace("pct", "%")
-    whose = f"Sauron's at {limit}" if limit else "Sauron's"
+    at = f" ({limit})" if limit else ""
     if name == "nnunet-pruned":
         half = epochs // 2 if limit else 0
-        title = f"nnUNet, torch-pruning to {whose} FLOPs, fine-tuned"
+        title = f"nnUNet, torch-pruning to Sauron's FLOPs{at}, fine-tuned"
         return Row(title, NNUNET, epochs - half, like=sauron, pruned=HALF if limit else "nnunet")
     if name == "nnunet-widths":
-        return Row(f"nnUNet of {whose} widths, from scratch", NNUNET, epochs, like=sauron)
+        return Row(f"nnUNet of Sauron's widths{at}, from scratch", NNUNET, epochs, like=sauron)
     if name == HALF:
         return Row("nnUNet, half of the epochs", NNUNET, epochs // 2)
     if name == "nnunet":
@@ -443,7 +443,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
                 axes.plot([share] * len(seeds), seeds, marker, color=colour, markersize=3, alpha=0.6)
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, markersize=8, label=name)
-        axes.set(xlabel="FLOPs left, %", ylabel="mean foreground Dice", title="Dice against FLOPs")
+        axes.set(xlabel="FLOPs left, %", ylabel="mean foreground Dice", title="Dice against FLOPs", xlim=(0, 100))
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         save_figure(figure, path, dpi=150)
