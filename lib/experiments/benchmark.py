@@ -37,7 +37,7 @@ from lib.error import InputError
 from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.inference import default_batch_size, predict_volume
-from lib.models import load_model, summary
+from lib.models import load_model, resized, summary
 from lib.models.nnUNet import nnUNet
 from lib.utils import (
     Parser,
@@ -292,9 +292,7 @@ def prune_by_magnitude(model: nnUNet, flops: int, patch_size: tuple[int, ...]) -
     def flops_without(n: int) -> int:
         gone = Counter(name for _, name, _ in ranking[:n])
         out = {name: width - gone[name] for name, width in widths.items()}
-        with torch.device("meta"):
-            network = nnUNet(model.modalities, model.n_classes, 1, model.levels, dim=model.dim, filters={"out": out})
-        return summary(network, patch_size)["flops"]
+        return summary(resized(model, out), patch_size)["flops"]
 
     n = bisect_left(range(len(ranking)), -flops, key=lambda n: -flops_without(n))  # the first that is small enough
     n = min((max(n - 1, 0), n), key=lambda n: abs(flops_without(n) - flops))
