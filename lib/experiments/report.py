@@ -226,7 +226,7 @@ def mark_pruning(run: Run, figure: Figure) -> Figure:
 
 def add_legend(figure: Figure) -> Figure:
     """Below the axes, where no curve runs through it."""
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
