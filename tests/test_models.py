@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.distance import euc_norm
 from lib.error import InputError
 from lib.filters import format_filters
-from lib.models import Sauron, architecture, count_filters, load_model, nnUNet, summary
+from lib.models import Sauron, architecture, count_filters, load_model, nnUNet, resized, summary
 from lib.models.nnUNet import InstanceNorm
 
 
@@ -131,6 +131,16 @@ def test_architecture_of_a_published_file():
     state = nnUNet(1, 4, 6, 5).state_dict()
     found = architecture(state, "x")
     assert (found["levels"], found["fms_init"], found["dim"], found["n_classes"]) == (5, 6, "2D", 4)
+
+
+@pytest.mark.parametrize(("dim", "size"), [("2D", (16, 24)), ("3D", (8, 16, 24))])
+def test_flops_are_those_of_torchs_counter(dim, size):
+    whole = nnUNet(2, 3, 4, 4, dim=dim)
+    widths = {block.name: 1 + i % 3 for i, block in enumerate(whole.blocks()) if not block.head}
+    for model in (whole, resized(whole, widths, "cpu")):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 2, *size))
+        assert summary(model, size)["flops"] == counter.get_total_flops() > 0
 
 
 def test_flops_agree_with_a_hand_count():
