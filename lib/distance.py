@@ -63,6 +63,9 @@ class _EucNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, sf: int) -> Tensor:
+        size, dtype = h.shape[2:], h.dtype
+        if h.device.type == "cpu":
+            h = _at_least_float32(h)
         low, high = _extremes(h.flatten(2))
         spread = high.values - low.values
         varies = spread > SMALLEST_RANGE
@@ -72,7 +75,7 @@ class _EucNorm(torch.autograd.Function):
         d = n - n[:, :1]
         delta = torch.linalg.vector_norm(d, dim=2) / math.sqrt(d.shape[2])
         ctx.save_for_backward(d, n[:, 0].clone(), delta, scale, low.indices, high.indices)
-        ctx.size, ctx.sf, ctx.dtype = h.shape[2:], sf, h.dtype
+        ctx.size, ctx.sf, ctx.dtype = size, sf, dtype
         return delta[:, 1:]
 
     @staticmethod
@@ -93,11 +96,10 @@ class _EucNorm(torch.autograd.Function):
         g = d * (w * scale)[..., None]
         g[:, 0] = -scale[:, :1] * (w[:, None] @ d)[:, 0]
         pooled_size = [size // side for size, side in zip(ctx.size, window, strict=True)]
-        h = _unpool(g.unflatten(2, pooled_size), ctx.size, ctx.sf)
-        flat = h.flatten(2)
-        flat.scatter_add_(2, i_low[..., None], by_low[..., None])
-        flat.scatter_add_(2, i_high[..., None], by_high[..., None])
-        return h.to(ctx.dtype), None
+        h = _unpool(g.to(ctx.dtype).unflatten(2, pooled_size), ctx.size, ctx.sf)
+        for indices, values in ((i_low, by_low), (i_high, by_high)):
+            h.flatten(2).scatter_add_(2, indices[..., None], values[..., None].to(ctx.dtype))
+        return h, None
 
 
 class _Extreme(NamedTuple):
@@ -107,7 +109,7 @@ class _Extreme(NamedTuple):
 
 def _extremes(flat: Tensor) -> tuple[_Extreme, _Extreme]:
     """Smallest and largest value of each map, and where they are: (B, C, N) -> two times ((B, C), (B, C))."""
-    if flat.device.type != "cpu" or flat.dtype == torch.bfloat16:
+    if flat.device.type != "cpu":
         return tuple(_Extreme(_at_least_float32(e.values), e.indices) for e in (flat.min(2), flat.max(2)))
     array = flat.detach().numpy()  # numpy finds them ten times faster
     indices = [torch.from_numpy(find(array, axis=2)) for find in (np.argmin, np.argmax)]

@@ -6,7 +6,7 @@ from lib.distance import euc_norm
 from lib.error import InputError
 from lib.filters import format_filters
 from lib.models import Sauron, architecture, count_filters, load_model, nnUNet, resized, summary
-from lib.models.nnUNet import InstanceNorm
+from lib.models.nnUNet import Conv2d, InstanceNorm
 
 
 def test_the_published_acdc_network():
@@ -152,3 +152,18 @@ def test_flops_agree_with_a_hand_count():
     assert summary(small, (8, 8))["flops"] < summary(large, (8, 8))["flops"] == summary(large, (16, 8))["flops"] // 2
     assert summary(large, (8, 8))["parameters"] == sum(p.numel() for p in large.parameters())
     assert summary(large, (8, 8))["filters"] == 4 + 4 + 8 + 8 + 16 + 16 + 3 * 8 + 3 * 4
+
+
+def test_few_filters_with_the_channels_last_compute_the_same():
+    conv, plain = Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.Conv2d(3, 5, 3, stride=2, padding=1)
+    plain.load_state_dict(conv.state_dict())
+    images = torch.randn(2, 3, 12, 10)
+    results = []
+    for module in (conv, plain):
+        x = images.clone().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        assert y.is_contiguous() and x.grad.is_contiguous()
+        results.append([y, x.grad, module.weight.grad, module.bias.grad])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lib.models.BaseModel import BaseModel
 
 IMAGE = "image"  # the parent of the first block
+FEW = 16  # filters: what a CPU of today computes at once
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,38 @@ class InstanceNorm(nn.Module):
         return F.group_norm(x, x.shape[1]) if x.device.type == "cpu" else F.instance_norm(x)
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution that takes and gives maps as they are usually stored, but may compute with the channels last.
+
+    For the few filters of a pruned network this makes the backward pass on the CPU two to four times as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or min(self.in_channels, self.out_channels) >= FEW:
+            return super().forward(x)
+        x = _Stored.apply(x, torch.channels_last, torch.contiguous_format)
+        return _Stored.apply(super().forward(x), torch.contiguous_format, torch.channels_last)
+
+
+class _Stored(torch.autograd.Function):
+    """The same tensor in another memory format, and its gradient in a format of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, memory_format: torch.memory_format, of_gradient: torch.memory_format) -> Tensor:
+        ctx.memory_format = of_gradient
+        return x.contiguous(memory_format=memory_format)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.contiguous(memory_format=ctx.memory_format), None, None
+
+
 class ConvBlock(nn.Module):
     """Convolution 3x3(x3) -> InstanceNorm -> LeakyReLU(0.01)."""
 
     def __init__(self, in_filters: int, out_filters: int, dim: str, stride: int = 1):
         super().__init__()
-        conv = nn.Conv2d if dim == "2D" else nn.Conv3d
+        conv = Conv2d if dim == "2D" else nn.Conv3d
         self.seq = nn.Sequential(
             conv(in_filters, out_filters, 3, stride=stride, padding=1),
             InstanceNorm(),
