@@ -53,7 +53,12 @@ class TrainingState:
     @property
     def budget_met(self) -> bool:
         """Whether the network fits the budget that the run has, if it has one: nothing more is pruned then."""
-        return any(row.get("budget_met") for row in self.rows)
+        return self.budget_epoch > 0
+
+    @property
+    def budget_epoch(self) -> int:
+        """The epoch at whose end the network came to fit its budget; 0 if it does not yet, or has none."""
+        return next((row["epoch"] for row in self.rows if row.get("budget_met")), 0)
 
 
 def new_run_folder(config: dict) -> Path:

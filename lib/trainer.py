@@ -55,16 +55,17 @@ def fit(
     states, and end together where one of them fails or is stopped.
 
     Once the network fits its budget, nothing is left for the distance term to prepare: the segmentation loss alone
-    trains the small network.
+    trains the small network, and the learning rate starts anew for the epochs that are left.
     """
     while state.epoch < epochs:
         if state.budget_met:
             criterion, prune = DS_CrossEntropyDiceLoss(), False
         start = time.perf_counter()
         epoch = state.epoch + 1
+        rate = poly_lr(lr, epoch - state.budget_epoch, epochs - state.budget_epoch)
         for group in state.optimizer.param_groups:
-            group["lr"] = poly_lr(lr, epoch, epochs)
-        row = {"epoch": epoch, "lr": poly_lr(lr, epoch, epochs), "val_loss": None, "val_dice": None}
+            group["lr"] = rate
+        row = {"epoch": epoch, "lr": rate, "val_loss": None, "val_dice": None}
         row["train_loss"] = train_epoch(state, criterion, data, epoch, epochs, prune, device, amp)
         if state.validates and epoch % val_interval == 0:
             row["val_loss"], row["val_dice"], scores = validate(state.model, criterion, data, device, amp)

@@ -312,7 +312,8 @@ def _parser() -> Parser:
     add(
         training,
         "--lr",
-        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9",
+        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9, and once more after a budget is "
+        "met",
         type=number(float, 0, 10, open_low=True),
     )
     add(training, "--wd", "weight decay", type=fraction)

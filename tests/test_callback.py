@@ -40,7 +40,7 @@ def state(tmp_path):
     state = TrainingState(model, torch.optim.Adam(model.parameters()), tmp_path, lines.append, epoch=1)
     state.lines = lines
     state.unpruned = summary(model, (8, 8))
-    state.rows = [row(1.0, 1.0)]
+    state.rows = [row(1.0, 1.0) | {"epoch": 1}]
     state.delta_prune = {
         block.name: (torch.ones(block.out_filters).index_fill(0, torch.tensor(0), 0), 0)
         for block in model.blocks()
@@ -338,7 +338,7 @@ def test_from_the_budget_on_the_best_model_is_one_that_fits(state):
         best = state.folder / "models" / "model-best"
         assert len(read_state(best)["encoder.5.seq.0.weight"]) == 16  # as it was scored, before the pruning
         state.epoch = 2
-        state.rows.append(row(2.0, 2.0))  # worse than the unpruned one
+        state.rows.append(row(2.0, 2.0) | {"epoch": 2})  # worse than the unpruned one
         for callback in every(writer=writer, pruning=pruning):
             callback(state)
     assert state.best_loss == 2.0

@@ -71,6 +71,19 @@ def test_once_the_budget_is_met_the_segmentation_loss_alone_trains(tmp_path, mon
     assert seen == [*rounds[False], *validation[2:]]
 
 
+def test_once_the_budget_is_met_the_learning_rate_starts_anew(tmp_path):
+    """For the epochs that are left; a resume in their midst goes on with it."""
+    state = make_state(tmp_path)
+    run(state, [lambda state: state.rows[-1].update(budget_met=state.epoch >= 2)], epochs=5)
+    rates = [row["lr"] for row in state.rows]
+    assert rates == pytest.approx([1e-2, 1e-2 * 0.8**0.9, 1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
+    assert state.optimizer.param_groups[0]["lr"] == rates[-1]
+    del state.rows[3:]
+    state.epoch = 3
+    run(state, epochs=5)
+    assert [row["lr"] for row in state.rows] == rates
+
+
 def test_learning_rate_falls_to_zero_over_the_epochs():
     assert poly_lr(0.1, 1, 500) == 0.1
     assert poly_lr(0.1, 251, 500) == pytest.approx(0.1 * 0.5**0.9)
