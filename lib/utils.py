@@ -521,6 +521,9 @@ def settings_of(args: argparse.Namespace) -> tuple[Path | None, dict]:
     """
     run = Path(args.resume or args.history) if args.resume or args.history else None
     config = continued_config(args, read_config(run), run) if run else make_config(args)
+    for key in ("tau_max", "kappa", "rho", "mu"):
+        if has_budget(config) and getattr(args, key) is not None:
+            raise InputError(f"--{key}: has no meaning with a budget; leave it out, or give --max_flops none")
     if config["batch_size"] < distributed.world_size():
         raise InputError(
             f"--batch_size {config['batch_size']}: is divided among {distributed.world_size()} processes; each needs a "

@@ -33,10 +33,10 @@ def single(tmp_path_factory):
     write_patients(folder / "data", cases["train"][:5] + cases["validation"][:3])
     data = ["--data", "acdc", "--data_path", folder / "data", "--cache_path", folder / "cache", "--split", "0.5:0.5"]
     network = ["--fms_init", 4, "--levels", 3, "--patch_size", 16, 16, "--val_interval", 1, "--num_workers", 0]
-    pruning = ["--rho", 1, "--tau_max", 0.3, "--kappa", 1, "--device", "cpu", "--epochs", EPOCHS]
+    training = ["--batch_size", 3, "--device", "cpu", "--epochs", EPOCHS]
 
-    def argv(output, *more):
-        return [*data, *network, *pruning, "--batch_size", 3, "--output", output, *more]
+    def argv(output, *more, pruning=("--rho", 1, "--tau_max", 0.3, "--kappa", 1)):
+        return [*data, *network, *training, *pruning, "--output", output, *more]
 
     script = Script("train", argv(folder), folder / "log", prepare=in_float64)
     assert script.end() == 0, script.text
@@ -156,7 +156,7 @@ def test_two_ranks_finish_what_one_process_began(tmp_path, single):
 def test_two_ranks_prune_to_a_budget_alike(tmp_path, single):
     """As one process that goes on before it is met; the first rank's clock decides."""
     budget = ["--max_flops", "30%", "--max_ms", "1e6", "--prune_between", "0%", "100%"]
-    assert codes(start(2, single.argv(tmp_path, *budget), tmp_path)) == [0, 0]
+    assert codes(start(2, single.argv(tmp_path, pruning=budget), tmp_path)) == [0, 0]
     run = tmp_path / "unnamed" / "acdc" / "1"
     history = json.loads((run / "history.json").read_text())
     assert history["budget_met"] == [False, False, True] and all(history["ms"])

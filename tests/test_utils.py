@@ -270,6 +270,14 @@ def test_a_budget_survives_its_run_folder(tmp_path, argv):
         settings_of(parseArguments(["--resume", str(tmp_path), "--max_flops", "1%"]))
 
 
+@pytest.mark.parametrize("flag", ["--tau_max", "--kappa", "--rho", "--mu"])
+def test_the_papers_rule_has_no_say_in_a_budget(flag):
+    argv = ["--data", "phantom", flag, "1"]  # the phantom has a budget
+    with pytest.raises(InputError, match=f"{flag}: has no meaning with a budget"):
+        settings_of(parseArguments(argv))
+    settings_of(parseArguments([*argv, "--max_flops", "none"]))
+
+
 def test_a_run_of_the_time_before_budgets_has_none(tmp_path):
     config = {key: value for key, value in config_of("phantom", "--max_flops", "none").items() if key != "max_flops"}
     (tmp_path / "config.json").write_text(json.dumps(config))
