@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
-from lib.inference import default_batch_size, predict_file, save, store_channels_last
+from lib.inference import default_batch_size, predict_file, save
 from lib.memory import keep_freed_memory
 from lib.models import compile_model, load_model
 from lib.prediction import (
@@ -114,11 +114,9 @@ def predict(args: argparse.Namespace) -> None:
     patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
     check_output(args.output)
     device = find_device(args.device)
-    model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     if device.type == "cpu":
         keep_freed_memory()
-        if not args.amp:
-            store_channels_last(model)
+    model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
     images = find_images(args, config)
     images = choose_images(images, args.output, args.probabilities, args.skip_existing, args.overwrite)

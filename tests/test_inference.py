@@ -12,7 +12,7 @@ from niftis import assert_same_grid, oblique, oriented, write_image
 from torch import nn
 
 from lib.data.preprocessing import Preprocessing
-from lib.inference import axis_windows, predict_file, predict_volume, save, store_channels_last
+from lib.inference import axis_windows, predict_file, predict_volume, save
 from lib.models import nnUNet
 
 PATCHES = {"2D": (8, 12), "3D": (4, 8, 6)}
@@ -183,15 +183,3 @@ def test_amp_is_near_to_float32():
     plain, fast = (predict_volume(model, volume, (16, 16), amp=amp) for amp in (False, True))
     assert fast.dtype == torch.float32 and not torch.equal(plain, fast)
     torch.testing.assert_close(fast, plain, rtol=0, atol=0.05)
-
-
-@pytest.mark.parametrize("dim", ["2D", "3D"])
-def test_channels_last_change_nothing_but_rounding(dim):
-    model = nnUNet(2, 3, 4, 3, dim=dim)
-    model.initialize()
-    volume, patch_size = torch.randn(2, 12, 16, 8), (8, 8, 8)[: int(dim[0])]
-    before = predict_volume(model.eval(), volume, patch_size)
-    weight = model.encoder[1].seq[0].weight
-    store_channels_last(model)
-    assert weight.stride(1) == 1 and model.encoder[1].seq[0].weight is weight
-    torch.testing.assert_close(predict_volume(model, volume, patch_size), before)

@@ -36,7 +36,7 @@ from lib.data.BaseDataset import BaseDataset, case_number
 from lib.error import InputError
 from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.inference import default_batch_size, predict_volume, store_channels_last
+from lib.inference import default_batch_size, predict_volume
 from lib.models import load_model, resized, summary
 from lib.models.nnUNet import nnUNet
 from lib.utils import (
@@ -327,8 +327,6 @@ def inference_seconds(
     batch_size = default_batch_size(f"{len(patch_size)}D", next(models[0].parameters()).device)  # as predict.py
     warm_up = torch.zeros(len(volumes[0]), *patch_size, *[1] * (3 - len(patch_size)))
     for model in models:
-        if next(model.parameters()).device.type == "cpu":
-            store_channels_last(model)  # as predict.py
         predict_volume(model, warm_up, patch_size, tta, batch_size=batch_size)
     seconds = [[] for _ in models]
     for volume in tqdm(volumes, desc="inference time", unit="volume"):

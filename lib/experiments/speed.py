@@ -40,7 +40,7 @@ from lib.data.augmentation import augmentation
 from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
 from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
-from lib.inference import default_batch_size, predict_volume, store_channels_last
+from lib.inference import default_batch_size, predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.memory import keep_freed_memory
 from lib.models import summary
@@ -123,11 +123,10 @@ def timed_prediction(side: str, args: argparse.Namespace, volumes: list[np.ndarr
     """Seconds, and the labels of all voxels of preprocessed volumes (1, X, Y, Z); for a process of its own."""
     torch.set_num_threads(args.threads)
     ours = side == "ours"
+    if ours and args.device.type == "cpu":
+        keep_freed_memory()
     model = build(PREDICTIONS[side], args)
     model = model.eval() if ours else with_torchs_norm(model).eval()
-    if ours and args.device.type == "cpu":  # as predict.py
-        keep_freed_memory()
-        store_channels_last(model)
     batch_size = default_batch_size(model.dim, args.device) if ours else 1
     start = clock(args.device)
     labels = [predict_volume(model, torch.from_numpy(v), args.patch_size, True, batch_size).argmax(0) for v in volumes]
