@@ -13,6 +13,12 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 sum of a file: what says that two files have the same content. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_sums(folder: Path) -> dict[str, list[str]]:
     """The sums of a folder by file name: two while a file is being replaced, none for a file from elsewhere."""
     sums: dict[str, list[str]] = {}
