@@ -34,12 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         dataset = DATASETS[args.data]
         folders = [Path(root) / dataset.folder for root in (os.environ.get("SAURON_DATA", "data"), "data")]
         own = next((folder for folder in folders if folder.is_dir()), folders[0])
-        pairs = find_pairs(args.pred, args.gt or own)
-        rules = Rules(
-            dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.label_takes_grid, dataset.regions
-        )
+        found = find_pairs(args.pred, args.gt or own)
+        rules = Rules(dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.regions)
         summary = read_model_summary(args.pred)
-        results = evaluate(pairs, rules, args.num_workers)
+        results = evaluate(found.pairs, rules, args.num_workers)
         print(format_table(results, dataset.class_names, summary))
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)

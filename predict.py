@@ -137,8 +137,8 @@ def predict(args: argparse.Namespace) -> None:
             write_json(args.output / "model.json", description)
         *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
-            save(prediction.probabilities, output)
-        save(prediction.labels, labels)
+            save(prediction.probabilities, prediction.header, output)
+        save(prediction.labels, prediction.header, labels)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -67,6 +67,10 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     distributed.check_same("the subjects on disk", data.ids)
     with distributed.agreed():
         data.prepare()  # the other ranks find all that they need in the cache
+        content, changed = data.content(), {}
+        distributed.check_same("the content of the data", content)
+        if run and distributed.is_main():
+            changed = checkpoint.check_subjects(run, content, bool(args.accept_changed_data))
         save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None
         model.initialize(device=device, model_state=source, isSauron=config["model"] == "sauron")
         if config["compile"]:
@@ -78,14 +82,15 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
             folder = run or checkpoint.new_run_folder(config)
             if run is None:
                 held.enter_context(locked(folder))
-            checkpoint.begin(folder, config, facts(device), epoch if run else None)
+            about = facts(device) | ({"accepted_changed_data": sorted(changed)} if changed else {})
+            checkpoint.begin(folder, config, about, epoch if run else None, content)
     folder = Path(distributed.broadcast_from_main(str(folder)))
     log = Log(folder / "log.txt") if distributed.is_main() else no_log
     log(f"run folder: {folder}")
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
-    for note in data.notes:
+    for note in [*data.notes, *(f"{subject} {what}: accepted" for subject, what in changed.items())]:
         log(note)
     processes = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     log(f"{config['model']} on {device}{processes}: weights " + (f"of {source}" if source else "new"))

@@ -29,6 +29,7 @@ STATE_TYPES = {
     "rng": torch.Tensor,
     "rng_cuda": list,
 }
+SUBJECTS = "subjects.json"  # what a run trains and validates with
 SAVED = re.compile(r"(?:model|state)-(\d+)")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
@@ -78,14 +79,54 @@ def new_run_folder(config: dict) -> Path:
             raise InputError(f"--output {config['output']}: cannot be written to ({error.strerror})") from error
 
 
-def begin(folder: Path, config: dict, about: dict, epoch: int | None) -> None:
+def begin(folder: Path, config: dict, about: dict, epoch: int | None, content: dict) -> None:
     """Clear a run folder of what killed processes have left, and write config.json: the settings, and what is to be
-    known `about` the run. `epoch` is the one after which an earlier run goes on, None for a new run."""
+    known `about` the run; and subjects.json: the `content` of its data. `epoch` is the one after which an earlier run
+    goes on, None for a new run."""
     for place in (folder, folder / "models"):
         sweep(place)
     if epoch is not None:
         about = {"continued": [*config.get("continued", []), {"after_epoch": epoch} | about]}
     write_json(folder / "config.json", config | about)
+    write_json(folder / SUBJECTS, content)
+
+
+def changed_subjects(folder: Path, content: dict[str, dict[str, dict[str, str]]]) -> dict[str, str]:
+    """Which subjects a run did not train or validate with as they are now, and what is the matter with each.
+
+    `content` is that of BaseDataset.content. None is named for a run of the time before it was noted. Raises InputError
+    if the note is broken.
+    """
+    path, changed = folder / SUBJECTS, {}
+    if not path.exists():
+        return changed
+    try:
+        before = json.loads(path.read_text())
+        for part, now in content.items():
+            for subject in sorted({*now, *before[part]}):
+                old, new = before[part].get(subject), now.get(subject)
+                if old is None or new is None:
+                    changed[subject] = f"is {'not in' if new is None else 'new in'} the {part} set"
+                elif old != new:
+                    names = {"image": "image", "label": "ground truth"}
+                    which = " and ".join(name for key, name in names.items() if old.get(key) != new.get(key))
+                    changed[subject] = f"has another {which}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is broken ({error!r}); restore it, or delete it to go on unchecked") from error
+    return changed
+
+
+def check_subjects(folder: Path, content: dict[str, dict[str, dict[str, str]]], accept: bool) -> dict[str, str]:
+    """`changed_subjects`. Raises InputError if there are some, unless one may `accept` that."""
+    changed = changed_subjects(folder, content)
+    if changed and not accept:
+        (subject, what), *others = changed.items()
+        more = f", and {len(others)} more subjects have changed" if others else ""
+        raise InputError(
+            f"--resume {folder}: {subject} {what} since the run was last trained{more}; restore the data, or give "
+            "--accept_changed_data to go on with what is there"
+        )
+    return changed
 
 
 def starting_point(

@@ -4,27 +4,24 @@ Neither this module nor what it imports needs torch, so that worker processes st
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
-import nibabel as nib
-import numpy as np
-from isal import igzip
-from nibabel.filebasedimages import SerializableImage
 from tqdm import tqdm
 
+from lib.data.nifti import SUFFIXES, aligned, only, read_label, stem
 from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.stop import check_stopped
 from lib.workers import worker_pool
 
-SUFFIX = ".nii.gz"
-PROBABILITIES = f"_probabilities{SUFFIX}"
-FOLDERS = ("training", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep their subjects
+PROBABILITIES = "_probabilities"
+TRUTH = "_gt"
+FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
 
@@ -33,135 +30,112 @@ SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # 
 class Rules:
     """How label maps are read and compared.
 
-    merged_labels: other values that files may have, and the labels they count as. label_takes_grid: whether a ground
-    truth of the prediction's shape takes its affine and spacing, that is the image's, if they differ. regions: unions
-    of labels that are evaluated as one, by name. tolerance_mm: of the surface Dice.
+    merged_labels: other values that files may have, and the labels they count as. regions: unions of labels that are
+    evaluated as one, by name. tolerance_mm: of the surface Dice.
     """
 
     n_classes: int
     tolerance_mm: float = TOLERANCE_MM
     merged_labels: dict[int, int] = field(default_factory=dict)
-    label_takes_grid: bool = False
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def find_pairs(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
-    """{subject: (prediction, ground truth)} for every `<subject>.nii.gz` in the folder `predictions`, sorted.
+class Pairs(NamedTuple):
+    """What is compared, and what is not: the log must name it.
 
-    `<subject>_probabilities.nii.gz` is no prediction of labels and is passed over. The ground truth is looked for in
-    the folder `truths` itself, as `<subject>_gt.nii.gz` or `<subject>.nii.gz`, and, there or in one of FOLDERS, in the
-    data sets' layouts: `patientNNN/patientNNN_frameFF_gt.nii.gz`, `case_NNNNN/segmentation.nii.gz` and
-    `case_NNNNN/aggregated_MAJ_seg.nii.gz`; as .nii too. A prediction may also be called `prediction_NNNNN`, as the
-    KiTS challenge wants it, and is then looked for as `case_NNNNN`.
+    pairs: {subject: (prediction, ground truth)}, sorted. alone: the subjects of the ground truths that have no
+    prediction. left_out: files of the predictions' folder that are ground truths by their names.
+    """
 
-    Raises InputError if there is no prediction, or one without ground truth.
+    pairs: dict[str, tuple[Path, Path]]
+    alone: list[str]
+    left_out: list[Path]
+
+    def notes(self) -> list[str]:
+        """Lines for the screen."""
+        lines = []
+        if self.left_out:
+            lines.append(f"left out: {len(self.left_out)} files *{TRUTH}, which are ground truths by their names")
+        if self.alone:
+            n = len(self.alone) + len(self.pairs)
+            names = ", ".join(self.alone)
+            lines.append(f"{len(self.alone)} of {n} ground truths have no prediction and do not count: {names}")
+        return lines
+
+
+def find_pairs(predictions: Path, truths: Path) -> Pairs:
+    """The predictions `<subject>.nii.gz` (or .nii) in a folder, each with its ground truth.
+
+    `<subject>_probabilities` is no prediction of labels and is passed over; so is `<subject>_gt`. The ground truth is
+    looked for in the folder `truths` itself, as `<subject>_gt` or `<subject>`, and, there or in one of FOLDERS, in the
+    data sets' layouts: `patientNNN/patientNNN_frameFF_gt`, `case_NNNNN/segmentation` and
+    `case_NNNNN/aggregated_MAJ_seg`. A prediction may also be called `prediction_NNNNN`, as the KiTS challenge wants it,
+    and is then looked for as `case_NNNNN`.
+
+    Raises InputError if there is no prediction, one has no ground truth, or two files claim to be the same thing.
     """
     predictions, truths = Path(predictions).resolve(), Path(truths).resolve()
-    files = [file for file in sorted(predictions.glob(f"[!.]*{SUFFIX}")) if not file.name.endswith(PROBABILITIES)]
+    named = [path for path in sorted(predictions.glob("*.nii*")) if stem(path)]
+    left_out = [path for path in named if stem(path).lower().endswith(TRUTH)]
+    files = [path for path in named if path not in left_out and not stem(path).endswith(PROBABILITIES)]
     if not files:
-        raise InputError(f"--pred {predictions}: no {SUFFIX} files there; predict first")
+        raise InputError(f"--pred {predictions}: no predictions <subject>.nii.gz there; predict first")
     if not truths.is_dir():
         raise InputError(f"--gt {truths}: no such folder; give the one that holds the ground truth")
-    return {file.name.removesuffix(SUFFIX): (file, _find_truth(file, truths)) for file in files}
+    pairs: dict[str, tuple[Path, Path]] = {}
+    cases: dict[str, Path] = {}
+    for path in files:
+        if stem(path) in RESERVED:
+            raise InputError(f"{path}: the results use this name for something else; rename the file")
+        case = _case(stem(path))
+        only(f"--pred: {case}", (cases.setdefault(case, path), path))
+        pairs[stem(path)] = path, _find_truth(path, case, truths)
+    alone = sorted(_all_truths(truths, set(files)) - set(cases))
+    return Pairs(pairs, alone, left_out)
 
 
-def _find_truth(prediction: Path, truths: Path) -> Path:
-    """The file with the ground truth of one prediction; InputError if there is none."""
-    subject = prediction.name.removesuffix(SUFFIX)
-    if subject in RESERVED:
-        raise InputError(f"{prediction}: the results use this name for something else; rename the file")
-    case = re.sub(r"^prediction_(?=\d{5}$)", "case_", subject)
-    flat = [f"{case}_gt{SUFFIX}", f"{case}{SUFFIX}"]
-    nested = [f"{case.split('_')[0]}/{case}_gt{SUFFIX}"]
-    nested += [f"{case}/{name}{SUFFIX}" for name in ("segmentation", "aggregated_MAJ_seg")]
-    for name in flat + nested + [f"{folder}/{name}" for folder in FOLDERS for name in nested]:
-        for path in (truths / name, truths / name.removesuffix(".gz")):
-            if path.is_file() and path != prediction:
-                return path
+def _case(subject: str) -> str:
+    return re.sub(r"^prediction_(?=\d{5}$)", "case_", subject)
+
+
+def _find_truth(prediction: Path, case: str, truths: Path) -> Path:
+    """The file with the ground truth of one prediction; InputError if there is none, or more than one."""
+    nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
+    wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
+    for names in (wanted, [case]):  # beside a <case>_gt, <case> is the image
+        paths = [truths / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
+            return found
     raise InputError(
-        f"{prediction}: no ground truth of this name in {truths} (--gt); looked for {flat[0]}, {nested[0]}, ..."
+        f"{prediction}: no ground truth of this name in {truths} (--gt); looked for {case}{TRUTH}.nii.gz, "
+        f"{nested[0]}.nii.gz, ..."
     )
 
 
-def read_labels(
-    path: Path, n_classes: int, merged_labels: dict[int, int] | None = None
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """A label map as it is stored: labels (X, Y, Z) in the type of the file, affine (4, 4), spacing in mm.
-
-    Only the keys of `merged_labels` are replaced by their values.
-
-    Raises InputError if the file is no NIfTI image, is not 3D (more axes of size 1 do not count), has no sound spacing,
-    or holds anything but the integers 0 to n_classes - 1.
-    """
-    try:
-        image = nib.load(path)
-        labels = _read_voxels(path, image)
-    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
-    while labels.ndim > 3 and labels.shape[-1] == 1:
-        labels = labels[..., 0]
-    spacing_mm = tuple(float(size) for size in image.header.get_zooms()[:3])
-    if labels.ndim != 3 or not labels.size or labels.dtype.kind not in "buif":
-        raise InputError(f"{path}: {image.shape} voxels of {labels.dtype} are no label map; give a 3D one")
-    if not all(0 < size < math.inf for size in spacing_mm):
-        raise InputError(f"{path}: the voxel size is {spacing_mm} mm; correct the header")
-    if merged_labels and labels.max() >= n_classes:
-        for value, counts_as in merged_labels.items():
-            labels = np.where(labels == value, counts_as, labels)
-    in_range = labels.min() >= 0 and labels.max() < n_classes
-    if not in_range or (labels.dtype.kind == "f" and (labels != np.rint(labels)).any()):
-        _refuse_labels(path, labels, n_classes)
-    return labels, image.affine, spacing_mm
-
-
-def _read_voxels(path: Path, image) -> np.ndarray:
-    """The array of a file that nibabel has opened as `image`, in the type that it is stored in."""
-    stored = image.dataobj
-    if Path(path).suffix != ".gz" or not isinstance(image, SerializableImage) or (stored.slope, stored.inter) != (1, 0):
-        return np.asarray(stored)
-    labels = np.empty(stored.shape, stored.dtype, order="F")
-    left = memoryview(labels.reshape(-1, order="F").view(np.uint8))
-    with igzip.open(path) as stream:  # decompresses three times faster than what nibabel uses
-        stream.read(stored.offset)
-        while left:  # in pieces that stay in the processor's cache
-            piece = stream.read(min(len(left), 2**20))
-            if not piece:
-                raise EOFError("it ends too early")
-            left[: len(piece)] = piece
-            left = left[len(piece) :]
-    return labels
-
-
-def _refuse_labels(path: Path, labels: np.ndarray, n_classes: int) -> None:
-    """Raise the InputError that names what in `labels` is no label, and how often it is there."""
-    values, counts = np.unique(labels, return_counts=True)
-    bad = ~np.isin(values, np.arange(n_classes))
-    named = [f"{value} in {n} voxels" for value, n in zip(values[bad][:3], counts[bad][:3], strict=True)]
-    more = f" and {bad.sum() - 3} other values" if bad.sum() > 3 else ""
-    raise InputError(
-        f"{path}: labels must be integers from 0 to {n_classes - 1}, but it holds {', '.join(named)}{more}"
-    )
+def _all_truths(truths: Path, predictions: set[Path]) -> set[str]:
+    """The subjects of all ground truths under `truths`, in the places where `_find_truth` looks."""
+    flat = {stem(path) for path in truths.glob("*.nii*") if stem(path) and path not in predictions}
+    marked = {name for name in flat if name.lower().endswith(TRUTH)}
+    found = {name[: -len(TRUTH)] for name in marked} or flat
+    for folder in FOLDERS:
+        for path in (truths / folder).glob("*/*.nii*"):
+            name = stem(path) or ""
+            if name.endswith(TRUTH) and path.parent.name == name.split("_")[0]:
+                found.add(name.removesuffix(TRUTH))
+            elif name in ("segmentation", "aggregated_MAJ_seg"):
+                found.add(path.parent.name)
+    return {_case(name) for name in found if not name.endswith(PROBABILITIES)}
 
 
 def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list]:
     """`lib.metric.label_metrics` of two files, with the spacing of `truth`.
 
     Where `rules` have regions there is one key more, "challenge": {region: {metric: value}}, each region evaluated as
-    one mask. Raises InputError as `read_labels` does, and if the two are not on the same grid (shape, affine; but see
-    `Rules.label_takes_grid`).
+    one mask. Raises InputError if a file is no label map, or the two do not lie at one place in the world; the order of
+    their axes does not matter.
     """
-    predicted, predicted_affine, image_spacing_mm = read_labels(prediction, rules.n_classes, rules.merged_labels)
-    true, true_affine, spacing_mm = read_labels(truth, rules.n_classes, rules.merged_labels)
-    if predicted.shape != true.shape:
-        raise InputError(f"{prediction}: has {predicted.shape} voxels, its ground truth {truth} has {true.shape}")
-    if not np.allclose(predicted_affine, true_affine, rtol=1e-5, atol=1e-4):
-        if not rules.label_takes_grid:
-            raise InputError(
-                f"{prediction}: its affine differs from that of its ground truth {truth}; bring both to one grid"
-            )
-        tqdm.write(f"{truth}: its affine is not that of the image; that of {prediction} is taken")
-        spacing_mm = image_spacing_mm
+    predicted, true = (read_label(path, rules.n_classes, rules.merged_labels) for path in (prediction, truth))
+    predicted, true, spacing_mm = aligned(predicted, true).array, true.array, true.geometry.spacing_mm
     by_class = label_metrics(predicted, true, spacing_mm, rules.n_classes, rules.tolerance_mm)
     if not rules.regions:
         return by_class
@@ -174,8 +148,8 @@ def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list
     return {**by_class, "challenge": challenge}
 
 
-def evaluate(pairs, rules: Rules, num_workers: int = 1) -> dict[str, dict]:
-    """Results of the pairs of `find_pairs`: {subject: {metric: one value per class}, ..., "average": ..., "n": ...}.
+def evaluate(pairs: dict[str, tuple[Path, Path]], rules: Rules, num_workers: int = 1) -> dict[str, dict]:
+    """Results of pairs as `find_pairs` finds them: {subject: {metric: [a value per class]}, "average": ..., "n": ...}.
 
     Each average is over the subjects that have a value; "n" says how many these are. All have "challenge" where
     `evaluate_pair` gives it. `num_workers` processes share the work; they are started afresh ("spawn"), which is safe

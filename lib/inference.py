@@ -1,26 +1,29 @@
 """Sliding windows, mirroring, and the way back to the original grid (paper section 4.2, "prediction")."""
 
-import gzip
 import itertools
 import math
-from functools import reduce
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.spatialimages import SpatialImage
+import torchio as tio
 from torch import Tensor, nn
 
 from lib.checkpoint import write_atomically
-from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
+from lib.data import nifti
+from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, in_own_frame, preprocess, to_original_grid
 from lib.stop import check_stopped
 
 
 class Prediction(NamedTuple):
-    labels: SpatialImage  # uint8, the shape of the original file
-    probabilities: SpatialImage | None  # float32 (X, Y, Z, n_classes)
+    labels: np.ndarray  # (X, Y, Z) uint8, in the order of the file
+    probabilities: np.ndarray | None  # (X, Y, Z, n_classes) float32, likewise
+    header: nib.Nifti1Header  # of the image
+    sha256: str  # of the image's bytes
 
 
 def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
@@ -107,12 +110,14 @@ def predict_file(
     probabilities: bool = False,
     amp: bool = False,
 ) -> Prediction:
-    """Labels and, if asked for, probabilities of a NIfTI file, on its very grid.
+    """Labels and, if asked for, probabilities of a NIfTI file, on its very grid, and what `save` needs.
 
     Labels need one byte per voxel of the original and some for the image itself; probabilities four for each class.
     Raises InputError if the file cannot be used.
     """
-    image = read_image(path)
+    original = nifti.read_image(path)
+    image = in_own_frame(original, preprocessing.orientation, tio.ScalarImage)
+    original = replace(original, array=None)
     grid = Grid(image.spatial_shape, image.affine)
     volume, affine, padding = preprocess(image, preprocessing)
     del image  # the largest array of all
@@ -123,27 +128,10 @@ def predict_file(
         labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
         if kept is not None:
             kept[slab] = part.movedim(0, -1)
-    original = nib.load(path)
-    return Prediction(
-        on_grid_of(original, labels.reshape(original.shape, order="F")),
-        None if kept is None else on_grid_of(original, kept),
-    )
+    stored = partial(nifti.in_stored_order, geometry=original.geometry, codes=preprocessing.orientation)
+    return Prediction(stored(labels), None if kept is None else stored(kept), original.header, original.sha256)
 
 
-def on_grid_of(original: SpatialImage, data: np.ndarray) -> SpatialImage:
-    """An image of `data` with the header of `original`: affines, their codes and units to the bit, no scaling."""
-    header = original.header.copy()
-    header.set_data_dtype(data.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = header["cal_max"] = 0  # the display range of the original's intensities
-    return type(original)(data, original.affine, header)
-
-
-def save(image: SpatialImage, path: Path) -> None:
-    """Write a .nii.gz whole or not at all; the same image gives the same bytes."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
-            image.to_stream(stream)
-
-    write_atomically(path, write)
+def save(array: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
+    """Write labels or probabilities as .nii.gz, whole or not at all; the same array gives the same bytes."""
+    write_atomically(path, lambda temporary: nifti.write(temporary, array, header))

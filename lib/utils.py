@@ -30,7 +30,7 @@ CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path", "com
 # What is said where another process of the same training was killed, or its machine is away.
 LOST = "another process of this training has ended, or cannot be reached"
 # Flags that say where to start or continue; they are no settings of a run.
-STARTING = {"epoch_start", "model_state", "history", "resume"}
+STARTING = {"epoch_start", "model_state", "history", "resume", "accept_changed_data"}
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
 
 
@@ -200,6 +200,8 @@ def parseArguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     if args.data is None and args.resume is None:
         raise InputError("--data is needed: one of " + ", ".join(sorted(DATASETS)))
+    if args.accept_changed_data and not (args.resume or args.history):
+        raise InputError("--accept_changed_data: has a meaning only with --resume or --history; leave it out")
     if args.history and not (args.model_state and args.epoch_start):
         raise InputError("--history needs --model_state and --epoch_start: the model, and the epoch it was saved after")
     return args
@@ -396,6 +398,12 @@ def _parser() -> Parser:
         "run folder to continue after its last finished epoch, with its own settings",
         "none",
         metavar="RUN",
+    )
+    start.add_argument(
+        "--accept_changed_data",
+        action="store_true",
+        default=None,
+        help="go on although training or validation subjects are not those of the run any more (default: refuse)",
     )
     add(start, "--epoch_start", "continue after this epoch", "0", type=number(int, 0, 10**6))
     add(start, "--model_state", "saved model (models/model-E) to start from", "none")

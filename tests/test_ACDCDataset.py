@@ -68,7 +68,7 @@ def test_a_volume_is_resampled_in_plane_and_zscored(tmp_path):
     (subject,) = data.get("train" if data.ids["train"] else "validation")
     assert subject.image.shape == (1, 48, 36, 5) and np.allclose(subject.image.spacing, (1.25, 1.25, 9))
     assert subject.image.orientation == ("L", "P", "S")
-    stored = np.load(data.cache / "patient001_frame01" / "image.npy")
+    stored = np.load(data.entry("patient001_frame01") / "image.npy")
     assert abs(stored.mean()) < 1e-5 and stored.std() == pytest.approx(1, abs=1e-4)
 
 

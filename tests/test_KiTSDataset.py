@@ -30,7 +30,7 @@ SHAPE = (9, 24, 20)
 class Small(KiTSDataset):
     """KiTS without the padding to 80 x 160 x 160 voxels."""
 
-    preprocessing = Preprocessing((4.0, 2.0, 2.0), (-79, 304), 101, 76.9, zscore=False)
+    preprocessing = Preprocessing((4.0, 2.0, 2.0), (-79, 304), 101, 76.9, zscore=False, orientation="IPL")
     patch_size = (8, 16, 16)
 
 
@@ -108,12 +108,12 @@ def test_preprocessing_is_the_published_one(tmp_path):
     write_case(tmp_path, 0)
     data = KiTSDataset(tmp_path, tmp_path / "cache")
     data.prepare()
-    image = np.load(data.cache / "case_00000" / "image.npy")[0]
-    label = np.load(data.cache / "case_00000" / "label.npy")
-    meta = json.loads((data.cache / "case_00000" / "meta.json").read_text())
+    image = np.load(data.entry("case_00000") / "image.npy")[0]
+    label = np.load(data.entry("case_00000") / "label.npy")
+    meta = json.loads((data.entry("case_00000") / "meta.json").read_text())
     assert image.shape == label.shape == (80, 160, 160)
     # 9 x 4 / 3.22 = 11.2 slices and 24 x 2 / 1.62 = 29.6, 20 x 2 / 1.62 = 24.7 pixels: the rest is padding
-    assert meta["padding"] == [35, 34, 66, 65, 68, 68] and meta["notes"] == []
+    assert meta["padding"] == [35, 34, 66, 65, 68, 68]
     assert image.min() >= np.float32((-79 - 101) / 76.9) and image.max() <= np.float32((304 - 101) / 76.9)
     assert not image[:35].any() and not image[:, :, -68:].any() and image[35, 66:-65, 68:-68].all()
     assert set(np.unique(label)) == {0, 1, 2}
@@ -127,25 +127,48 @@ def test_a_cyst_counts_as_kidney(tmp_path):
     np.testing.assert_array_equal(subject.label.data[0], np.where(truth == 3, 1, truth))
 
 
-def test_a_label_of_the_images_shape_takes_its_affine_and_a_note_says_so(tmp_path):
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "IPL", "PSR"])
+def test_the_order_of_the_axes_is_found_from_the_affine(tmp_path, codes):
+    """As the challenge stores it, in RAS, ...: the same voxels in the cache, and a truth in yet another order."""
+    write_case(tmp_path / "a", 0)
+    for name, wanted in (("imaging", codes), ("segmentation", "RPI")):
+        image = nib.load(tmp_path / "a" / "case_00000" / f"{name}.nii.gz")
+        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(wanted))
+        (tmp_path / "b" / "case_00000").mkdir(parents=True, exist_ok=True)
+        nib.save(image.as_reoriented(turn), tmp_path / "b" / "case_00000" / f"{name}.nii.gz")
+    ((one,), (other,)) = (Small(tmp_path / name, tmp_path / "cache").get("train") for name in "ab")
+    assert torch.equal(one.image.data, other.image.data) and torch.equal(one.label.data, other.label.data)
+    assert one.image.orientation == other.image.orientation == ("I", "P", "L")
+    np.testing.assert_allclose(one.image.affine, other.image.affine, atol=1e-4)
+
+
+def test_a_truth_that_lies_elsewhere_is_refused(tmp_path):
     folder = write_case(tmp_path, 0, label_affine=np.eye(4))
-    for _ in range(2):  # also when it comes from the cache
-        data = Small(tmp_path, tmp_path / "cache")
-        (subject,) = data.get("train")
-        np.testing.assert_array_equal(subject.image.affine, IPL)
-        np.testing.assert_array_equal(subject.label.data[0], np.asarray(nib.load(data.files("train")[0].label).dataobj))
-        assert len(data.notes) == 1
-        assert str(folder / "segmentation.nii.gz") in data.notes[0] and "affine" in data.notes[0]
+    with pytest.raises(InputError, match=r"segmentation\.nii\.gz: lies elsewhere in the world.*RAS and IPL") as error:
+        Small(tmp_path, tmp_path / "cache").prepare()
+    assert str(folder / "imaging.nii.gz") in str(error.value)
 
 
-def test_the_log_of_a_training_names_labels_that_took_the_images_affine(tmp_path, monkeypatch):
-    monkeypatch.setitem(DATASETS, "kits", Small)
-    folder = write_case(tmp_path / "data", 0, label_affine=np.eye(4))
-    paths = ["--data_path", tmp_path, "--cache_path", tmp_path / "cache", "--output", tmp_path / "runs"]
-    small = ["--fms_init", "2", "--levels", "3", "--patch_size", "8", "16", "16", "--epochs", "1", "--num_workers", "0"]
-    assert train.main(["--data", "kits", *map(str, paths), *small, "--device", "cpu"]) == 0
-    log = (tmp_path / "runs" / "unnamed" / "kits" / "1" / "log.txt").read_text()
-    assert f"{folder / 'segmentation.nii.gz'}: its affine is not that of {folder / 'imaging.nii.gz'}" in log
+@pytest.mark.parametrize(
+    "names",
+    [("imaging.nii", "imaging.nii.gz"), ("segmentation.nii.gz", "segmentation.nii"),
+     ("segmentation.nii.gz", "aggregated_MAJ_seg.nii.gz")],
+)  # fmt: skip
+def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path, names):
+    folder = write_case(tmp_path, 0)
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(InputError, match="^case_00000: both ") as error:
+        Small(tmp_path)
+    assert all(str(folder / name) in str(error.value) for name in names)
+
+
+def test_a_case_in_two_folders_is_refused(tmp_path):
+    for place in ("data", "dataset"):
+        write_case(tmp_path / place, 0)
+    write_case(tmp_path / "data", 7)
+    with pytest.raises(InputError, match="^case_00000: both .*data/case_00000.* and .*dataset/case_00000"):
+        Small(tmp_path)
 
 
 ROUND_TRIP = {  # Dice of kidney and tumor that resampling there and back keeps
@@ -217,7 +240,7 @@ def test_unlabelled_cases_are_predicted_under_the_challenges_names(tmp_path, mod
 def test_evaluation_pairs_the_challenges_names_and_adds_its_two_figures(tmp_path, capsys):
     truth = np.zeros(SHAPE, np.uint8)
     truth[2:6, 5:15, 4:8], truth[2:6, 5:10, 8:12], truth[2:6, 10:15, 8:12] = 1, 2, 3  # 160, 80 tumor and 80 cyst
-    folder = write_case(tmp_path / "gt" / "data", 10, truth=truth, label_affine=np.eye(4))
+    write_case(tmp_path / "gt" / "data", 10, truth=truth)
     (tmp_path / "pred").mkdir()
     predicted = np.where(truth == 3, 1, truth)
     predicted[2:6, 5:10, 8:10] = 1  # half of the tumor
@@ -226,7 +249,6 @@ def test_evaluation_pairs_the_challenges_names_and_adds_its_two_figures(tmp_path
     arguments = ["--data", "kits", "--pred", str(tmp_path / "pred"), "--gt", str(tmp_path / "gt")]
     assert evaluate.main([*arguments, "--output", str(output), "--num_workers", "1"]) == 0
     shown = capsys.readouterr().out
-    assert f"{folder / 'segmentation.nii.gz'}: its affine" in shown
     assert shown.split("challenge")[1].split()[:6] == ["kidney", "and", "tumor", "1.0000", "(", "1)"]
     results = json.loads(output.read_text())
     found = results["prediction_00010"]

@@ -58,6 +58,23 @@ def test_how_often_and_how_much(dim, slice_axis, n_flips):
     assert all((t.control_points[:2] == 0).all() and (t.control_points[2] != 0).any() for t in elastic)
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 5), (9, 1, 5), (9, 8, 1), (1, 1, 6), (1, 1, 1)])
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_axes_of_size_one(dim, shape):
+    """Flips and deformations leave such an axis alone, and all others as they are without it."""
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    chain = augmentation(dim)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        result = chain(subject(image))
+        assert result.image.shape == image.shape and torch.isfinite(result.image.data).all()
+    flip = only(chain, "RandomFlip")
+    for transform in flip.transforms:
+        transform.flip_probability = 1
+    axes = [axis + 1 for axis in ((0, 1) if dim == "2D" else (0, 1, 2))]
+    assert torch.equal(flip(subject(image)).image.data, image.flip(axes))
+
+
 @pytest.mark.parametrize("dim", ["2D", "3D"])
 def test_labels_go_where_the_image_goes(dim):
     """An image that is its own label, and interpolated like one: after every spatial change they are the same."""

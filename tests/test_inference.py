@@ -1,6 +1,7 @@
 """Sliding windows, mirroring and the original grid."""
 
 import itertools
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -139,13 +140,14 @@ AFFINES = {codes: oriented(codes) for codes in ("RAS", "LPS", "PIL", "SRA")} | {
 def test_the_prediction_lies_on_the_very_grid_of_the_original(tmp_path, name, shape, preprocessing, patch_size):
     path, output = tmp_path / "image.nii.gz", tmp_path / "out.nii.gz"
     truth = write_image(path, AFFINES[name], shape=shape)
+    preprocessing = replace(preprocessing, orientation="".join(nib.aff2axcodes(AFFINES[name])))
     prediction = predict_file(Pointwise(), path, preprocessing, patch_size, probabilities=True)
-    save(prediction.labels, output)
+    save(prediction.labels, prediction.header, output)
     assert_same_grid(output, path)
     labels = nib.load(output)
     assert labels.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(labels.dataobj), truth)
-    save(prediction.probabilities, output)
+    save(prediction.probabilities, prediction.header, output)
     assert_same_grid(output, path, (*shape[:3], 2))
     probabilities = np.asarray(nib.load(output).dataobj)
     assert probabilities.dtype == np.float32
@@ -162,7 +164,8 @@ def test_shapes_scaling_and_disagreeing_forms_are_kept(tmp_path, image_class):
     image.set_sform(None, code=0)  # only the qform counts
     image.header.set_slope_inter(2, -50)
     nib.save(image, path)
-    save(predict_file(Pointwise(), path, KEEP, (8, 8, 4)).labels, output)
+    prediction = predict_file(Pointwise(), path, KEEP, (8, 8, 4))
+    save(prediction.labels, prediction.header, output)
     assert_same_grid(output, path)
     np.testing.assert_array_equal(np.asarray(nib.load(output).dataobj), truth)
 
@@ -170,7 +173,8 @@ def test_shapes_scaling_and_disagreeing_forms_are_kept(tmp_path, image_class):
 def test_the_same_prediction_gives_the_same_bytes_and_no_other_file(tmp_path):
     write_image(tmp_path / "image.nii", oblique())
     for name in ("a.nii.gz", "b.nii.gz"):
-        save(predict_file(Pointwise(), tmp_path / "image.nii", KEEP, (8, 8)).labels, tmp_path / name)
+        prediction = predict_file(Pointwise(), tmp_path / "image.nii", KEEP, (8, 8))
+        save(prediction.labels, prediction.header, tmp_path / name)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz", "image.nii"]
 

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset
-from lib.data.cache import SubjectFiles
+from lib.data.cache import SubjectFiles, first_found, subject_files
+from lib.data.nifti import stem
 from lib.data.preprocessing import Preprocessing
 
 
@@ -21,7 +22,7 @@ class ACDCDataset(BaseDataset):
     )
     class_names = ("background", "RV cavity", "myocardium", "LV cavity")
     dim = "2D"
-    preprocessing = Preprocessing(spacing_mm=(1.25, 1.25, None))
+    preprocessing = Preprocessing(spacing_mm=(1.25, 1.25, None), orientation="LPS")
     patch_size = (320, 320)
     cases = range(1, 101)
     test_share = 0.2
@@ -52,13 +53,13 @@ class ACDCDataset(BaseDataset):
     @classmethod
     def find(cls, root: Path) -> list[SubjectFiles]:
         """Both frames of every patient; the whole cine (`_4d`) is left aside."""
-        for folder in (root / "training", root):
-            found = {}
-            for path in sorted(folder.glob("patient*/patient*_frame*.nii*")):
-                name = re.fullmatch(r"(patient\d{3}_frame\d{2})(\.nii|\.nii\.gz)", path.name)
-                if name and path.parent.name == name[1][:10]:
-                    label = path.with_name(f"{name[1]}_gt{name[2]}")
-                    found[name[1]] = SubjectFiles(name[1], path, label if label.is_file() else None)
-            if found:
-                return list(found.values())
-        return []
+        return first_found(cls._in_folder(folder) for folder in (root / "training", root))
+
+    @staticmethod
+    def _in_folder(folder: Path) -> list[SubjectFiles]:
+        names = {stem(path): path.parent for path in sorted(folder.glob("patient*/patient*_frame*.nii*"))}
+        return [
+            subject_files(name, place, (name,), (f"{name}_gt",))
+            for name, place in names.items()
+            if name and re.fullmatch(r"patient\d{3}_frame\d{2}", name) and place.name == name[:10]
+        ]

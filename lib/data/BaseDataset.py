@@ -9,6 +9,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib import distributed
-from lib.data import cache, patches
+from lib.data import cache, nifti, patches
 from lib.data.augmentation import augmentation
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing, zscore
@@ -66,10 +67,10 @@ class BaseDataset:
     test_cases: ClassVar[Sequence[int]] = ()  # the numbers of more test cases; they need no ground truth
     patches_per_volume: ClassVar[int | None] = None  # in an epoch; None: as many as there are slices
     merged_labels: ClassVar[dict[int, int]] = {}  # other values in ground truth files, and the labels they count as
-    label_takes_grid: ClassVar[bool] = False  # whether a label of the image's shape takes its affine, if that differs
     regions: ClassVar[dict[str, tuple[int, ...]]] = {}  # unions of labels that are evaluated, too
     challenge_name: ClassVar[str | None] = None  # how the challenge wants the prediction of a {case} to be named
     defaults: ClassVar[dict]  # of the training's settings
+    sources: dict[str, dict[str, str]]  # what the files of the prepared subjects hold: see cache.identify
     notes: list[str]  # what `prepare` found worth a line in the log
 
     def __init__(
@@ -95,9 +96,10 @@ class BaseDataset:
         self._files = {part: [file for file in found if case_number(file.id) in cases[part]] for part in cases}
         self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
         self.n_missing = len(set(self.cases) - {case_number(file.id) for file in found})  # test_cases not counted
-        parameters = json.dumps([cache.VERSION, asdict(self.preprocessing), sorted(self.merged_labels.items())])
+        labels = self.n_classes, sorted(self.merged_labels.items())
+        parameters = json.dumps([cache.VERSION, asdict(self.preprocessing), labels])
         self.cache = Path(cache_path) / f"{self.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
-        self._prepared = set()
+        self.sources, self._prepared = {}, set()
         self.notes = []
 
     def __init_subclass__(cls) -> None:
@@ -129,10 +131,11 @@ class BaseDataset:
         return self._files[partition]
 
     def prepare(self, partitions: Iterable[str] = ("train", "validation")) -> None:
-        """Preprocess what the cache does not hold, or holds from other files, on all cores and with a progress bar.
+        """Preprocess what the cache does not hold of these very files, on all cores and with a progress bar.
 
-        Says before how much will be written. Adds to `notes`. Raises InputError if a training or validation image has
-        no ground truth, there is nothing to train on, a file is broken, or the disk has too little space.
+        Says before how much will be written. Adds to `sources` and `notes`. Raises InputError if a training or
+        validation image has no ground truth, there is nothing to train on, a file is broken, or the disk has too little
+        space.
         """
         files = [file for part in partitions for file in self._files[part] if file.id not in self._prepared]
         supervised = {file.id for part in ("train", "validation") for file in self._files[part]}
@@ -144,15 +147,35 @@ class BaseDataset:
                 )
         if "train" in partitions and not self._files["train"]:
             raise InputError(f"--data {self.name}: none of the training cases is on disk; add some, or change --split")
-        if not all(cache.is_fresh(file, self.cache / file.id) for file in files):
+        self._identify(files)
+        note = nifti.scale_note(path for file in files for path in (file.image, file.label) if path)
+        if not all(self._is_fresh(file) for file in files):
             with cache.opened(self.cache):
-                self._fill_cache(files)
+                if stale := [file for file in files if not self._is_fresh(file)]:
+                    self._fill_cache(stale)
         self._prepared.update(file.id for file in files)
-        self.notes += [note for file in files for note in cache.notes(self.cache / file.id)]
+        self.notes += [note] if note and not self.notes else []
 
-    def _fill_cache(self, files: list[SubjectFiles]) -> None:
-        stale = [file for file in files if not cache.is_fresh(file, self.cache / file.id)]
-        folders = [self.cache / file.id for file in stale]
+    def _identify(self, files: list[SubjectFiles]) -> None:
+        """Find out what the files hold. That reads them all, at the speed of the disk or of SHA-256."""
+        with ThreadPoolExecutor(_n_cores()) as pool:
+            found = tqdm(pool.map(cache.identify, files), f"reading {self.name}", len(files), leave=False, delay=2)
+            for file, sources in zip(files, found, strict=True):
+                check_stopped()
+                self.sources[file.id] = sources
+
+    def content(self, partitions: Iterable[str] = ("train", "validation")) -> dict[str, dict[str, dict[str, str]]]:
+        """{partition: {subject: SHA-256 of its image and label}}, see `cache.identify`; the partitions are prepared."""
+        return {part: {id_: self.sources[id_] for id_ in self.ids[part]} for part in partitions}
+
+    def entry(self, subject: str) -> Path:
+        """The cache's folder of a prepared subject."""
+        return self.cache / cache.entry(subject, self.sources[subject])
+
+    def _is_fresh(self, file: SubjectFiles) -> bool:
+        return cache.is_fresh(self.sources[file.id], self.entry(file.id))
+
+    def _fill_cache(self, stale: list[SubjectFiles]) -> None:
         needed = sum(cache.stored_bytes(file, self.preprocessing) for file in stale)
         free = shutil.disk_usage(self.cache).free
         what = f"{len(stale)} preprocessed volumes need {_in_words(needed)} in {self.cache}, {_in_words(free)} are free"
@@ -164,22 +187,22 @@ class BaseDataset:
             preprocessing=self.preprocessing,
             n_classes=self.n_classes,
             merged_labels=self.merged_labels,
-            label_takes_grid=self.label_takes_grid,
         )
         with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
-            done = pool.map(store, stale, folders)
+            sources, folders = zip(*((self.sources[file.id], self.entry(file.id)) for file in stale), strict=True)
+            done = pool.map(store, stale, sources, folders)
             for _ in tqdm(done, f"preprocessing {self.name}", len(stale), unit="volume"):
                 check_stopped()
 
     def get(self, partition: str) -> "Volumes":
         """The whole volumes of "train", "validation" or "test", preprocessed and z-scored: see `Volumes`."""
         self.prepare([partition])
-        return Volumes([self.cache / id_ for id_ in self.ids[partition]])
+        return Volumes([self.entry(id_) for id_ in self.ids[partition]])
 
     def n_train_batches(self) -> int:
         """How many batches `train_batches` yields, the same in every epoch."""
         self.prepare(["train"])
-        folders = [self.cache / id_ for id_ in self.ids["train"]]
+        folders = [self.entry(id_) for id_ in self.ids["train"]]
         return ceil(sum(self.patches_per_volume or cache.n_slices(folder) for folder in folders) / self.batch_size)
 
     def train_batches(self, epoch: int) -> Iterator[dict]:
@@ -285,7 +308,7 @@ class Volumes(Dataset):
         return len(self.folders)
 
     def __getitem__(self, index: int) -> tio.Subject:
-        subject = cache.load(self.folders[index])
+        subject = cache.load(self.folders[index], "world")
         subject.image.set_data(zscore(subject.image.data))
         return subject
 
@@ -297,7 +320,7 @@ class _AugmentedPatches(Dataset):
     """
 
     def __init__(self, dataset: BaseDataset, epoch: int):
-        self.folders = [dataset.cache / id_ for id_ in dataset.ids["train"]]
+        self.folders = [dataset.entry(id_) for id_ in dataset.ids["train"]]
         self.patch_size, self.n = dataset.patch_size, dataset.patches_per_volume
         self.field = tuple(map(max, dataset.patch_size, type(dataset).patch_size))
         self.seeds = [_seed(dataset.seed_train, epoch, index) for index in range(len(self.folders))]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.BaseDataset import BaseDataset
-from lib.data.cache import SubjectFiles
+from lib.data.cache import SubjectFiles, first_found, subject_files
+from lib.data.nifti import stem
 from lib.data.preprocessing import Preprocessing
 
 LEFT_OUT = (15, 23, 37, 68, 125, 133)  # cases whose labels the paper did not train on
@@ -30,7 +31,13 @@ class KiTSDataset(BaseDataset):
     class_names = ("background", "kidney", "tumor")
     dim = "3D"
     preprocessing = Preprocessing(
-        spacing_mm=(3.22, 1.62, 1.62), clip=(-79, 304), shift=101, scale=76.9, min_size=(80, 160, 160), zscore=False
+        spacing_mm=(3.22, 1.62, 1.62),
+        clip=(-79, 304),
+        shift=101,
+        scale=76.9,
+        min_size=(80, 160, 160),
+        zscore=False,
+        orientation="IPL",  # slices from top to bottom, rows, columns, as the challenge stores them
     )
     patch_size = (80, 160, 160)
     cases = tuple(case for case in range(210) if case not in LEFT_OUT)
@@ -38,7 +45,6 @@ class KiTSDataset(BaseDataset):
     test_cases = range(210, 300)
     patches_per_volume = 2
     merged_labels = {3: 1}
-    label_takes_grid = True
     regions = {"kidney_and_tumor": (1, 2), "tumor": (2,)}
     challenge_name = "prediction_{case:05d}"
     defaults = ACDCDataset.defaults | {"fms_init": 24, "levels": 5, "batch_size": 2}
@@ -46,17 +52,13 @@ class KiTSDataset(BaseDataset):
     @classmethod
     def find(cls, root: Path) -> list[SubjectFiles]:
         """Every case that has an image."""
-        for folder in (root, root / "data", root / "dataset"):
-            images = [path for path in sorted(folder.glob("case_*/imaging.nii*")) if _is_case(path)]
-            if images:
-                return [SubjectFiles(image.parent.name, image, _label_beside(image)) for image in images]
-        return []
+        return first_found(cls._in_folder(folder) for folder in (root, root / "data", root / "dataset"))
 
-
-def _is_case(image: Path) -> bool:
-    return bool(re.fullmatch(r"case_\d{5}", image.parent.name) and re.fullmatch(r"imaging\.nii(\.gz)?", image.name))
-
-
-def _label_beside(image: Path) -> Path | None:
-    candidates = (image.with_name(f"{name}{suffix}") for name in LABELS for suffix in (".nii.gz", ".nii"))
-    return next((label for label in candidates if label.is_file()), None)
+    @staticmethod
+    def _in_folder(folder: Path) -> list[SubjectFiles]:
+        images = [path for path in sorted(folder.glob("case_*/imaging.nii*")) if stem(path) == "imaging"]
+        return [
+            subject_files(place.name, place, ("imaging",), LABELS)
+            for place in dict.fromkeys(image.parent for image in images)
+            if re.fullmatch(r"case_\d{5}", place.name)
+        ]

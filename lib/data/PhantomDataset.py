@@ -19,7 +19,7 @@ class PhantomDataset(ACDCDataset):
     name = "phantom"
     aliases = ()
     folder = "phantom"
-    preprocessing = Preprocessing(spacing_mm=(2.5, 2.5, None))
+    preprocessing = Preprocessing(spacing_mm=(2.5, 2.5, None), orientation="RAS")  # as it is written
     patch_size = (64, 64)
     cases = range(1, 31)
     defaults = ACDCDataset.defaults | {

@@ -1,18 +1,34 @@
-"""The data sets by name: the only registry."""
+"""The data sets by name: the only registry.
 
-from lib.data.ACDCDataset import ACDCDataset
-from lib.data.BaseDataset import BaseDataset
-from lib.data.KiTSDataset import KiTSDataset
-from lib.data.PhantomDataset import Phantom3DDataset, PhantomDataset
+It is made when it is first asked for: whoever reads images alone (`lib.data.nifti`) does not load torch for that.
+"""
 
-DATASETS: dict[str, type[BaseDataset]] = {
-    name: dataset
-    for dataset in (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
-    for name in (dataset.name, *dataset.aliases)
-}
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib.data.BaseDataset import BaseDataset
+
+    DATASETS: dict[str, type[BaseDataset]]  # by name and alias
 
 
-def build_dataset(config: dict) -> BaseDataset:
+def __getattr__(name: str) -> object:
+    if name == "DATASETS":
+        return _datasets()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _datasets() -> "dict[str, type[BaseDataset]]":
+    from lib.data.ACDCDataset import ACDCDataset
+    from lib.data.KiTSDataset import KiTSDataset
+    from lib.data.PhantomDataset import Phantom3DDataset, PhantomDataset
+
+    datasets = (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
+    return {name: dataset for dataset in datasets for name in (dataset.name, *dataset.aliases)}
+
+
+def build_dataset(config: dict) -> "BaseDataset":
     """The data set of a run's settings. Raises InputError if it is not there, or cannot be split so."""
     keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
-    return DATASETS[config["data"]](**{key: config[key] for key in keys})
+    return _datasets()[config["data"]](**{key: config[key] for key in keys})

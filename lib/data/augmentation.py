@@ -8,6 +8,16 @@ from torch import Tensor
 from lib.data.preprocessing import zscore
 
 
+class RandomFlip(tio.RandomFlip):
+    """torchio's, drawn alike; an axis of size 1 stays, which torchio would give a stride that torch does not take."""
+
+    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
+        axes = tuple(axis for axis in self.axes if subject.spatial_shape[axis] > 1)
+        if not axes:
+            return subject
+        return tio.RandomFlip(axes, self.flip_probability, **self._get_base_args()).apply_transform(subject)
+
+
 class RandomElasticDeformation(tio.RandomElasticDeformation):
     """torchio's deformation, drawn and computed alike but many times faster. For volumes with a diagonal affine."""
 
@@ -42,8 +52,9 @@ def elastic_grid(control_points: Tensor, shape: tuple[int, ...], spacing_mm: tup
     """
     n = len(control_points)
     points = control_points.flip(0, 1) * control_points.new_tensor([-1, -1, 1])
-    if shape[2] == 1:
-        points[..., 2] = 0  # as in torchio: a single slice stays in its plane
+    for axis, size in enumerate(shape):
+        if size == 1:
+            points[..., axis] = 0  # as in torchio: a single slice stays in its plane
     points = points * (2 / (torch.tensor(shape) * torch.tensor(spacing_mm)))  # the volume spans [-1, 1]
     lines = [(2 * _control_points(size, n) + 1) / size - 1 for size in shape]
     points = (points + torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)).float()
@@ -98,7 +109,7 @@ def augmentation(dim: str) -> tio.Compose:
             tio.RandomAffine(scales=scales, degrees=0, p=0.2, copy=False),
             tio.RandomAffine(scales=keep, degrees=degrees, p=0.2, copy=False),
             tio.RandomGamma(log_gamma=(-0.3, 0.5), p=0.3, copy=False),
-            tio.RandomFlip(axes=flipped, flip_probability=0.5, copy=False),
+            RandomFlip(axes=flipped, flip_probability=0.5, copy=False),
             RandomElasticDeformation(num_control_points=7, locked_borders=2, max_displacement=7.5, p=0.3, copy=False),
             tio.Lambda(zscore, types_to_apply=[tio.INTENSITY], copy=False),
         ],

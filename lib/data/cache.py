@@ -5,28 +5,22 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torchio as tio
 
-from lib.data.preprocessing import (
-    Preprocessing,
-    preprocessed_shape,
-    read_image,
-    read_label,
-    standardize,
-    standardize_label,
-)
+from lib.checksum import digest, file_digest
+from lib.data import nifti
+from lib.data.preprocessing import Preprocessing, in_own_frame, preprocessed_shape, standardize, standardize_label
 from lib.error import InputError
 from lib.lock import locked
 
-VERSION = 2  # raise it whenever the same parameters give other voxels or other files
+VERSION = 3  # raise it whenever the same parameters give other voxels or other files
 
 
 @dataclass(frozen=True)
@@ -38,12 +32,49 @@ class SubjectFiles:
     label: Path | None
 
 
-def is_fresh(files: SubjectFiles, folder: Path) -> bool:
-    """Whether `folder` holds, whole, what `store` made from these very files, unchanged since (path, size, time)."""
-    names = ["image.npy"] + ["label.npy"] * (files.label is not None)
+def subject_files(subject: str, folder: Path, images: Iterable[str], labels: Iterable[str]) -> SubjectFiles:
+    """The files of a subject in `folder`, by the names that they may have, .nii.gz or .nii. There is an image.
+
+    Raises InputError if two files claim to be the image, or the ground truth.
+    """
+    image, label = (
+        nifti.only(subject, (folder / f"{name}{suffix}" for name in names for suffix in nifti.SUFFIXES))
+        for names in (images, labels)
+    )
+    return SubjectFiles(subject, image, label)
+
+
+def first_found(layouts: Iterable[list[SubjectFiles]]) -> list[SubjectFiles]:
+    """What the first layout that has something finds. Raises InputError if another one has one of these subjects."""
+    found: dict[str, SubjectFiles] = {}
+    for files in layouts:
+        for file in files:
+            if file.id in found:
+                nifti.only(file.id, (found[file.id].image, file.image))
+        found = found or {file.id: file for file in files}
+    return list(found.values())
+
+
+def identify(files: SubjectFiles) -> dict[str, str]:
+    """What the subject's files hold: {"image": SHA-256, "label": SHA-256 where there is one}. Raises InputError."""
+    paths = {"image": files.image, "label": files.label}
     try:
-        whole = all(np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names)
-        return whole and json.loads((folder / "meta.json").read_text())["sources"] == _sources(files)
+        return {key: file_digest(path) for key, path in paths.items() if path is not None}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def entry(subject: str, sources: dict[str, str]) -> str:
+    """The name of a subject's folder: other files, other folder. So data sets of the same names share a cache, and
+    what a training has mapped into memory is never replaced."""
+    return f"{subject}-{digest(json.dumps(sources, sort_keys=True).encode())[:16]}"
+
+
+def is_fresh(sources: dict[str, str], folder: Path) -> bool:
+    """Whether `folder` holds, whole, what `store` made from files of this content."""
+    try:
+        whole = all(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).size for name in sources)
+        return whole and json.loads((folder / "meta.json").read_text())["sources"] == sources
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return False
 
@@ -63,46 +94,39 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 def stored_bytes(files: SubjectFiles, preprocessing: Preprocessing) -> int:
-    """How much `store` will write for a subject, by the image's header; 0 if that is broken: `store` says why."""
-    try:
-        header = nib.load(files.image)
-        shape = preprocessed_shape(header.shape[:3], nib.affines.voxel_sizes(header.affine), preprocessing)
-        return math.prod(shape) * (5 if files.label is not None else 4)
-    except Exception:  # nibabel, gzip and zlib raise a dozen types for broken files
-        return 0
+    """How much `store` will write for a subject, by the image's header. Raises InputError if that is broken."""
+    shape = preprocessed_shape(nifti.read_geometry(files.image), preprocessing)
+    return math.prod(shape) * (5 if files.label is not None else 4)
 
 
 def store(
     files: SubjectFiles,
+    sources: dict[str, str],
     folder: Path,
     preprocessing: Preprocessing,
     n_classes: int,
     merged_labels: dict[int, int],
-    label_takes_grid: bool,
 ) -> None:
     """Preprocess one subject into `folder`: image.npy (1, X, Y, Z) float32, label.npy (X, Y, Z) uint8, and meta.json
-    with affine, padding, sources and notes.
+    with id, padding, sources (those of `identify`) and two affines (4x4) of the preprocessed voxels: to the volume's
+    own frame, and to the world (RAS+ mm).
 
-    See BaseDataset for `merged_labels` and `label_takes_grid`. Raises InputError if a file is broken, the label does
-    not fit the image, or the folder cannot be written.
+    Raises InputError if a file is broken, is not what `sources` says, the label does not lie where the image does, or
+    the folder cannot be written.
     """
-    sources = _sources(files)
-    image = read_image(files.image)
-    arrays, notes = {}, []
+    image, arrays = nifti.read_image(files.image), {}
+    _check_unchanged(image, sources["image"])
     if files.label is not None:
-        label = read_label(files.label, n_classes, merged_labels)
-        if label.shape != image.shape:
-            shapes = f"its shape {label.spatial_shape} is not the image's {image.spatial_shape}"
-            raise InputError(f"{files.label}: {shapes}; replace the one that is wrong")
-        if not np.allclose(label.affine, image.affine, rtol=1e-4, atol=1e-3):
-            if not label_takes_grid:
-                raise InputError(f"{files.label}: its affine is not that of {files.image}; mend the one that is wrong")
-            notes.append(f"{files.label}: its affine is not that of {files.image}; the image's is taken")
-        label.affine = image.affine
+        label = nifti.read_label(files.label, n_classes, merged_labels)
+        _check_unchanged(label, sources["label"])
+        label = in_own_frame(nifti.aligned(label, image), preprocessing.orientation, tio.LabelMap)
         arrays["label.npy"] = standardize_label(label, preprocessing).numpy()
-    tensor, affine, padding = standardize(image, preprocessing)
+    own = in_own_frame(image, preprocessing.orientation, tio.ScalarImage)
+    tensor, affine, padding = standardize(own, preprocessing)
     arrays["image.npy"] = tensor.numpy()
-    meta = {"affine": affine.tolist(), "padding": padding, "sources": sources, "notes": notes}
+    world = nifti.oriented(image, preprocessing.orientation).geometry.affine @ np.linalg.inv(own.affine) @ affine
+    meta = {"id": files.id, "padding": padding, "sources": sources}
+    meta |= {"affine": affine.tolist(), "world": world.tolist()}
     try:
         _write(folder, arrays, meta)
     except OSError as error:
@@ -111,16 +135,23 @@ def store(
         ) from error
 
 
-def load(folder: Path) -> tio.Subject:
-    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id".
+def _check_unchanged(volume: nifti.Volume, sha256: str) -> None:
+    if volume.sha256 != sha256:
+        raise InputError(f"{volume.path}: changed while it was read; start again when nothing writes to it")
+
+
+def load(folder: Path, affine: str = "affine") -> tio.Subject:
+    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id", under one of
+    the affines of `store`: "affine" or "world".
 
     The voxels are mapped from the files, copy-on-write: what is changed stays in memory. Raises InputError if the
     files were damaged.
     """
     try:
-        affine = np.array(json.loads((folder / "meta.json").read_text())["affine"])
+        meta = json.loads((folder / "meta.json").read_text())
+        affine = np.array(meta[affine])
         image = tio.ScalarImage(tensor=torch.from_numpy(_array(folder / "image.npy")), affine=affine)
-        subject = tio.Subject(image=image, id=folder.name)
+        subject = tio.Subject(image=image, id=meta["id"])
         if (folder / "label.npy").exists():
             label = torch.from_numpy(_array(folder / "label.npy"))[None]
             subject.add_image(tio.LabelMap(tensor=label, affine=affine), "label")
@@ -135,22 +166,9 @@ def _array(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
-def notes(folder: Path) -> list[str]:
-    """What `store` found worth a line in the log."""
-    return json.loads((folder / "meta.json").read_text())["notes"]
-
-
 def n_slices(folder: Path) -> int:
     """The size of the volume's last axis, without reading the volume."""
     return np.load(folder / "image.npy", mmap_mode="r").shape[-1]
-
-
-def _sources(files: SubjectFiles) -> list[list]:
-    paths = [path.resolve() for path in (files.image, files.label) if path is not None]
-    try:
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:

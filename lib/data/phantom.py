@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
+from lib.data.nifti import create
 from lib.error import InputError
 
 _VERSION, _VERSION_3D = 1, 1  # of the images: raise it whenever the same seed gives other voxels
@@ -93,7 +93,7 @@ def _write_patient(folder: Path, rng: np.random.Generator) -> None:
         image, label = _draw(shape, in_plane_mm, np.random.default_rng(anatomy_seed), systole)
         image = _scan(image, np.random.default_rng(noise_seed))
         for array, end in ((image, ""), (label, "_gt")):
-            _save(array, affine, folder / f"{folder.name}_frame{frame:02d}{end}.nii.gz")
+            create(folder / f"{folder.name}_frame{frame:02d}{end}.nii.gz", array, affine)
 
 
 def _write_case(folder: Path, rng: np.random.Generator) -> None:
@@ -104,16 +104,8 @@ def _write_case(folder: Path, rng: np.random.Generator) -> None:
     affine = np.array([[0, 0, -pixel_mm, 0], [0, -pixel_mm, 0, 0], [-slice_mm, 0, 0, 0], [0, 0, 0, 1]])
     affine[:3, 3] = np.round(rng.uniform(-60, 60, 3), 2)
     image, label = _draw_abdomen(shape, (slice_mm, pixel_mm, pixel_mm), rng)
-    _save(image, affine, folder / "imaging.nii.gz")
-    _save(label, affine, folder / "segmentation.nii.gz")
-
-
-def _save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    nifti = nib.Nifti1Image(array, affine)
-    nifti.header.set_xyzt_units("mm")
-    nifti.set_qform(affine, 1)
-    nifti.set_sform(affine, 1)
-    nib.save(nifti, path)
+    create(folder / "imaging.nii.gz", image, affine)
+    create(folder / "segmentation.nii.gz", label, affine)
 
 
 class _Canvas:

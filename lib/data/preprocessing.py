@@ -6,24 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchio as tio
 from torch import Tensor
 
-from lib.error import InputError
+from lib.data import nifti
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every volume of a data set, in this order; axes are those of the stored array.
+    """What is done to every volume of a data set, in this order.
 
     spacing_mm: the voxel size to resample to, None for an axis that stays as it is.
     clip: lowest and highest intensity, or None. shift, scale: intensities become (x - shift) / scale; None: they stay.
     min_size: voxels per axis to which smaller volumes are padded centrally with zeros, or None.
     zscore: whether the z-score is taken here, before the augmentation (which always ends with one).
+    orientation: where the axes that all this speaks of lead to: "RAS" is right, anterior, superior. The axes of a file
+    are permuted and flipped to come nearest to it; what is predicted goes back onto the file's own grid.
     """
 
     spacing_mm: tuple[float | None, float | None, float | None]
@@ -32,17 +33,18 @@ class Preprocessing:
     scale: float | None = None
     min_size: tuple[int, int, int] | None = None
     zscore: bool = True
+    orientation: str = "RAS"
 
 
 class Grid(NamedTuple):
-    """Where the voxels of a volume are: its spatial shape, and the affine (4x4) from voxels to the world (RAS+ mm)."""
+    """Where the voxels of a volume are: its spatial shape, and the affine (4x4) from voxels to its own frame (mm)."""
 
     shape: tuple[int, int, int]
     affine: np.ndarray
 
 
 class Preprocessed(NamedTuple):
-    """tensor: (1, X', Y', Z') float32; affine: 4x4, voxel to world (RAS+ mm) of this tensor, padding included;
+    """tensor: (1, X', Y', Z') float32; affine: 4x4, voxel to the own frame (mm), padding included;
     padding: voxels added before and after each axis (x0, x1, y0, y1, z0, z1)."""
 
     tensor: Tensor
@@ -50,72 +52,23 @@ class Preprocessed(NamedTuple):
     padding: tuple[int, ...]
 
 
-def read_image(path: str | Path) -> tio.ScalarImage:
-    """A NIfTI file as (1, X, Y, Z) float32 in its own array order and affine, never reoriented.
+def read_image(path: str | Path, orientation: str) -> tio.ScalarImage:
+    """A NIfTI file as (1, X, Y, Z) float32 in this order and direction of the axes, such as "LPS": see `in_own_frame`.
 
-    Raises InputError for a file that is no 3D NIfTI (a 4D one whose last axis is 1 is accepted), is cut off, has
-    voxels that are no finite real numbers or all the same, or a spacing or affine that no volume has.
+    Raises InputError as `lib.data.nifti.read_image`.
     """
-    image = _read(path)
-    if image.data.min() == image.data.max():
-        raise InputError(f"{path}: all voxels are {image.data.min():g}; replace this image")
-    return image
+    return in_own_frame(nifti.read_image(path), orientation, tio.ScalarImage)
 
 
-def _read(path: str | Path) -> tio.ScalarImage:
-    """An image or a label, as `read_image`."""
-    try:
-        nifti = nib.load(path)
-        dtype, spacing_mm = nifti.get_data_dtype(), stored_spacing(nifti)
-        real = dtype.kind in "buif"
-        array = np.asarray(nifti.dataobj, dtype=np.float32) if real else None
-        affine = np.asarray(nifti.affine, dtype=float)
-    except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a NIfTI image ({reason})") from error
-    if not real:
-        raise InputError(f"{path}: its voxels are {dtype}, not real numbers; convert it to a grey-scale image")
-    if not all(0 < size < np.inf for size in spacing_mm):
-        raise InputError(f"{path}: the voxel size is {spacing_mm} mm; mend the header")
-    if array.ndim == 4 and array.shape[3] == 1:
-        array = array[..., 0]
-    if array.ndim != 3 or array.size == 0:
-        raise InputError(f"{path}: must be one 3D volume, but its shape is {array.shape}")
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: has NaN or infinite voxels; replace them")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: its affine matrix is not finite or not invertible; mend the header")
-    return tio.ScalarImage(tensor=torch.from_numpy(array)[None], affine=affine)
+def in_own_frame(volume: nifti.Volume, orientation: str, kind: type[tio.Image]) -> tio.Image:
+    """A volume for torchio, (1, X, Y, Z) with its axes as `orientation` says, in a frame of its own: the first voxel is
+    the origin, and the axes of the array are those of the frame.
 
-
-def stored_spacing(nifti: nib.spatialimages.SpatialImage) -> tuple[float, ...]:
-    """Voxel size in mm of the three axes as it is in the file; nibabel turns a negative one into a positive one."""
-    header = nifti.header
-    if "pixdim" not in header:
-        return tuple(float(size) for size in header.get_zooms()[:3])
-    file_map = nifti.file_map["header" if nifti.file_map.get("header") else "image"]
-    with file_map.get_prepare_fileobj("rb") as file:
-        stored = type(header).from_fileobj(file, check=False)
-    return tuple(float(size) for size in stored["pixdim"][1 : 1 + min(3, nifti.ndim)])
-
-
-def read_label(path: str | Path, n_classes: int, merged_labels: dict[int, int] | None = None) -> tio.LabelMap:
-    """A label file as a tio.LabelMap (1, X, Y, Z) uint8, in which the keys of `merged_labels` became their values.
-
-    Raises InputError as `read_image`, or for values other than the classes' and these keys.
+    What is computed there depends on the voxels and their size alone, to the last bit: not on where in the scanner they
+    are, nor on the order in which the file stores them.
     """
-    image = _read(path)
-    label, merged_labels = image.data.byte(), merged_labels or {}
-    changed = image.data[image.data != label][:1]  # by the rounding to bytes
-    for value in (*changed.tolist(), *label.flatten().bincount().nonzero().flatten().tolist()):
-        if value not in range(n_classes) and value not in merged_labels:
-            raise InputError(
-                f"{path}: has the label {value:g} in {int((image.data == value).sum())} voxels, but the labels of "
-                f"this data set are the whole numbers 0 to {n_classes - 1}; correct them"
-            )
-    for value, counts_as in merged_labels.items():
-        label[label == value] = counts_as
-    return tio.LabelMap(tensor=label, affine=image.affine)
+    volume = nifti.oriented(volume, orientation)
+    return kind(tensor=torch.from_numpy(volume.array)[None], affine=np.diag([*volume.geometry.spacing_mm, 1.0]))
 
 
 def zscore(tensor: Tensor) -> Tensor:
@@ -137,7 +90,7 @@ def preprocess(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preproce
 
 
 def standardize(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:
-    """Resample (linearly, in world space), clip, shift and scale, pad, and z-score if asked for: what is cached."""
+    """Resample (linearly), clip, shift and scale, pad, and z-score if asked for: what is cached."""
     grid = _grid(image, preprocessing.spacing_mm)
     tensor = tio.Resample(tuple(grid))(image).data
     if preprocessing.clip is not None:
@@ -157,9 +110,9 @@ def standardize_label(label: tio.LabelMap, preprocessing: Preprocessing) -> Tens
 def to_original_grid(
     probabilities: Tensor, affine: np.ndarray, padding: tuple[int, ...], grid: Grid, slab_voxels: int = 2**24
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Bring (K, X', Y', Z') on the preprocessed grid back to `grid`, that of the image as it was read (X, Y, Z).
+    """Bring (K, X', Y', Z') on the preprocessed grid back to `grid`, that of the image before `standardize` (X, Y, Z).
 
-    Takes the padding off and resamples linearly in world space; voxels of the original beyond the outermost
+    Takes the padding off and resamples linearly; voxels of the original beyond the outermost
     preprocessed ones get the nearest value. Yields, slab by slab along the first axis, its slice and its probabilities
     (K, n, Y, Z) float32, so that no volume of the original's size is needed per class. A slab has at most `slab_voxels`
     voxels, or one slice.
@@ -211,11 +164,11 @@ def _resampled(size: np.ndarray, old_mm: np.ndarray, spacing_mm: tuple[float | N
     return np.maximum(new_size, 1), new_mm
 
 
-def preprocessed_shape(
-    shape: tuple[int, ...], spacing_mm: tuple[float, ...], preprocessing: Preprocessing
-) -> tuple[int, ...]:
-    """The shape (X', Y', Z') that `standardize` gives a volume of this shape and voxel size."""
-    size, _ = _resampled(np.array(shape), np.array(spacing_mm), preprocessing.spacing_mm)
+def preprocessed_shape(geometry: nifti.Geometry, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """The shape (X', Y', Z') that `standardize` gives a volume of this geometry."""
+    axes = nifti.axes_of(geometry, preprocessing.orientation)
+    shape, spacing_mm = (np.array(sizes)[axes] for sizes in (geometry.shape, geometry.spacing_mm))
+    size, _ = _resampled(shape, spacing_mm, preprocessing.spacing_mm)
     return tuple(np.maximum(size, preprocessing.min_size or 1).tolist())
 
 

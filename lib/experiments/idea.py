@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
-import nibabel as nib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lib.data.nifti import read_image
 from lib.data.phantom import write_phantom
 from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, summary
@@ -46,7 +46,7 @@ def _slice() -> Tensor:
     """The middle slice of a phantom, (1, 1, SIZE, SIZE), z-scored."""
     with tempfile.TemporaryDirectory() as folder:
         write_phantom(Path(folder) / "phantom", n_patients=1)
-        image = nib.load(next(Path(folder).rglob("*_frame01.nii.gz"))).get_fdata()
+        image = read_image(next(Path(folder).rglob("*_frame01.nii.gz"))).array
     x, y, z = ((n - size) // 2 for n, size in zip(image.shape, (SIZE, SIZE, 1), strict=True))
     image = torch.tensor(image[x : x + SIZE, y : y + SIZE, z], dtype=torch.float32)
     return ((image - image.mean()) / image.std(correction=0))[None, None]

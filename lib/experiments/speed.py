@@ -25,7 +25,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
@@ -38,6 +37,7 @@ from lib.checkpoint import TrainingState, save_model
 from lib.data import DATASETS
 from lib.data.augmentation import augmentation
 from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
+from lib.data.nifti import read, read_geometry, voxels_by_nibabel, write
 from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
 from lib.inference import default_batch_size, predict_volume
@@ -135,8 +135,8 @@ def timed_prediction(side: str, args: argparse.Namespace, volumes: list[np.ndarr
 
 def medpy_metrics(prediction: Path, truth: Path) -> list[list[float]]:
     """[[Dice, HD, HD95] of each foreground class], on full volumes of floats."""
-    p, t = (nib.load(path).get_fdata() for path in (prediction, truth))
-    spacing_mm = nib.load(truth).header.get_zooms()
+    p, t = (voxels_by_nibabel(path).astype(float) for path in (prediction, truth))
+    spacing_mm = read_geometry(truth).spacing_mm
     results = []
     for label in range(1, int(t.max()) + 1):
         masks = p == label, t == label
@@ -357,7 +357,10 @@ def predict(args: argparse.Namespace) -> None:
         }
         show_ratio(*sides, interleave(sides, args, warm_up=False))
         paths = sorted(path.resolve() for path in images.iterdir())
-    volumes = [preprocess(read_image(path), dataset.preprocessing)[0].numpy() for path in paths]
+    volumes = [
+        preprocess(read_image(path, dataset.preprocessing.orientation), dataset.preprocessing)[0].numpy()
+        for path in paths
+    ]
     seconds, labels = {side: [] for side in PREDICTIONS}, {}
     with ExitStack() as stack:  # how memory is allocated belongs to the process
         spawn = multiprocessing.get_context("spawn")
@@ -375,10 +378,10 @@ def predict(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     truth = args.label or DATASETS["phantom"](args.data_path, args.cache_path).files("test")[0].label
     with tempfile.TemporaryDirectory() as folder:
-        prediction, original = Path(folder, "prediction.nii.gz"), nib.load(truth)
-        labels = np.asarray(original.dataobj)
+        prediction, original = Path(folder, "prediction.nii.gz"), read(truth)
+        labels = original.array
         n_classes = int(labels.max()) + 1
-        nib.save(type(original)(np.roll(labels, (1, 1, 1), (0, 1, 2)), original.affine, original.header), prediction)
+        write(prediction, np.roll(labels, (1, 1, 1), (0, 1, 2)), original.header)
         pair = (prediction, truth)
         code = (
             "import sys; from lib.evaluation import Rules, evaluate_pair;"
@@ -392,11 +395,11 @@ def evaluate(args: argparse.Namespace) -> None:
         print(
             f"peak memory: {peak:.0f} MiB, which is {peak - 3 * volume:.0f} MiB + 3 label volumes of {volume:.0f} MiB"
         )
-        del labels
+        del labels, original
         sides = {
             "medpy": lambda: medpy_metrics(*pair),
             "ours": lambda: evaluate_pair(*pair, Rules(n_classes)),
-            "reading with nibabel": lambda: [np.asarray(nib.load(path).dataobj) for path in pair],
+            "reading with nibabel": lambda: [voxels_by_nibabel(path) for path in pair],
         }
         if args.no_medpy:
             del sides["medpy"]
