@@ -215,6 +215,22 @@ def test_rows_of_the_earlier_scheme_are_refused(finished, arguments, capsys):
 
 
 @needs_torch_pruning
+@pytest.mark.parametrize("row", ["nnunet-widths", "nnunet-flat", "nnunet-pruned"])
+def test_rows_like_another_network_of_sauron_are_refused(finished, arguments, row, capsys):
+    plan = benchmark.make_plan(benchmark.parse_arguments(arguments))
+    benchmark.check_likeness(plan, row, 1)
+    models = run_of(finished, "sauron") / "models"
+    saved = {name: (models / name).read_bytes() for name in ("model-3", "SHA256SUMS")}
+    checkpoint.save_model(models / "model-3", nnUNet(1, 4, 8, 3))
+    try:
+        with pytest.raises(InputError, match=f"{row}-1: was made like another network than that of sauron-1"):
+            benchmark.check_likeness(plan, row, 1)
+    finally:
+        for name, data in saved.items():
+            (models / name).write_bytes(data)
+
+
+@needs_torch_pruning
 def test_every_training_names_its_own_command(finished):
     config = json.loads((run_of(finished, "nnunet") / "config.json").read_text())
     assert "train.py --data phantom" in config["command"]

@@ -328,11 +328,13 @@ def check_runs(plan: Plan) -> None:
         run, _ = find_run(plan.output, *task) if task else (None, 0)
         if run is None:
             continue
-        epochs, expected = read_config(run)["epochs"], plan.row(task[0]).epochs
-        if epochs != expected or (HALF in plan.row(task[0]).needs and not pruned_file(plan, *task).exists()):
+        row, epochs = plan.row(task[0]), read_config(run)["epochs"]
+        reason = f"for {epochs} epochs, not {row.epochs}" if epochs != row.epochs else ""
+        if HALF in row.needs and not pruned_file(plan, *task).exists():
+            reason = reason or "without keeping the seconds of the pruning"
+        if reason:
             raise InputError(
-                f"{folder}: an earlier version trained it in another way ({epochs} epochs, not {expected}, or without "
-                "a record of the pruning); delete this folder, or give another --output"
+                f"{folder}: an earlier version trained this {reason}; delete the folder, or give another --output"
             )
 
 
@@ -369,13 +371,32 @@ def starting_network(plan: Plan, row: str, seed: int) -> list[str]:
     file = plan.output / "pruned" / f"{row}-{seed}"
     file.parent.mkdir(exist_ok=True)
     save_model(file, model)
-    write_json(pruned_file(plan, row, seed), {"seconds": time.perf_counter() - start})
+    write_json(pruned_file(plan, row, seed), {"flops": flops, "seconds": time.perf_counter() - start})
     return ["--model_state", str(file)]
 
 
 def pruned_file(plan: Plan, row: str, seed: int) -> Path:
-    """Of a row of torch-pruning: where the seconds of the pruning are kept."""
+    """Of a row of torch-pruning: where Sauron's FLOPs and the seconds of the pruning are kept."""
     return plan.output / "pruned" / f"{row}-{seed}.json"
+
+
+def check_likeness(plan: Plan, row: str, seed: int) -> None:
+    """Raise InputError where a row was made like another network of Sauron than the one that is there."""
+    needs, patch_size = plan.row(row).needs, plan.data.patch_size
+    if not needs:
+        return
+    model, sauron = (load_model(find_model(plan, key, seed)) for key in (row, needs[0]))
+    flops = expected = summary(sauron, patch_size)["flops"]
+    if HALF in needs:
+        flops = json.loads(pruned_file(plan, row, seed).read_text())["flops"]
+    else:
+        alike = flat(sauron, expected, patch_size) if kind_of(row) == "nnunet-flat" else sauron
+        flops, expected = (summary(network, patch_size)["flops"] for network in (model, alike))
+    if flops != expected:
+        raise InputError(
+            f"{plan.output / 'runs' / f'{row}-{seed}'}: was made like another network than that of {needs[0]}-{seed} "
+            f"({flops:,} FLOPs, not {expected:,}); delete this folder, and give the same command again"
+        )
 
 
 def training_seconds(plan: Plan, row: str, seed: int) -> float:
@@ -611,12 +632,10 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
 
 def finished_rows(plan: Plan) -> dict[str, list[int]]:
-    """{key: seeds} of what has been trained and evaluated in the folder, in the order of the table."""
+    """{key: seeds} of what has been evaluated in the folder and trained, with what it needs, in the table's order."""
     found: dict[str, list[int]] = {}
-    for path in (plan.output / "results").glob("*.json"):
-        row, seed = parse_name(path.stem) or (HALF, 0)
-        runs = [row, *([HALF] if HALF in plan.row(row).needs else [])]
-        if row != HALF and all(find_run(plan.output, run, seed)[1] >= plan.row(run).epochs for run in runs):
+    for row, seed in filter(None, (parse_name(path.stem) for path in (plan.output / "results").glob("*.json"))):
+        if all(find_run(plan.output, one, seed)[1] >= plan.row(one).epochs for one in (row, *plan.row(row).needs)):
             found.setdefault(row, []).append(seed)
 
     def place(key: str) -> tuple[str, int]:
@@ -642,6 +661,7 @@ def benchmark(args: argparse.Namespace) -> None:
     results = {row: {seed: evaluate_row(plan, row, seed) for seed in seeds} for row, seeds in found.items()}
     for row, seed in tasks:
         path = find_model(plan, row, seed)
+        check_likeness(plan, row, seed)
         models.append(load_model(path, plan.device))
         sizes[row, seed] = summary(models[-1], plan.data.patch_size) | {"bytes": path.stat().st_size}
         del sizes[row, seed]["filters"]
