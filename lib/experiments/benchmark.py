@@ -1,9 +1,9 @@
 """The paper's benchmark (section 4.1) as one command: `python -m lib.experiments.benchmark --data phantom`.
 
-For every seed it trains, predicts and evaluates the rows of `ROWS`; then it times all networks and writes table.md and
-table.json. The same command continues where it was interrupted. All of it runs in this process, through the `main` of
-the three scripts: every training seeds itself, so the rows leave no trace in one another's random states, and torch is
-imported once instead of fifteen times a seed.
+For every seed it trains, predicts and evaluates the rows that are asked for; then it times all networks and writes
+table.md, table.json and a figure. The same command continues where it was interrupted. All of it runs in this process,
+through the `main` of the three scripts: every training seeds itself, so the rows leave no trace in one another's
+random states, and torch is imported once instead of fifteen times a seed.
 """
 
 import argparse
@@ -107,11 +107,11 @@ nearest to those that Sauron of the same seed ends with (compare Lean U-Net, arX
 not in its time.
 """,
     "nnunet-pruned": """
-torch-pruning: an nnUNet is trained for {half} epochs, pruned, and fine-tuned for {rest} on other patches, with a new
-optimizer; the learning rate falls from {lr:g} to 0 in either training. Its time is that of both and of the pruning;
-Sauron's training is not in it. The number of filters is the one whose FLOPs are nearest to those that Sauron of the
-same seed ends with; magnitude importance (squared L2 norm, averaged over the layers of a group, divided by its mean),
-global ranking, at least one filter per block, heads kept.
+torch-pruning: an nnUNet is trained for {half} of the {epochs} epochs, pruned, and fine-tuned for the other {rest} on
+other patches, with a new optimizer; the learning rate falls from {lr:g} to 0 in either training. Its time is that of
+both and of the pruning; Sauron's training is not in it. The number of filters is the one whose FLOPs are nearest to
+those that Sauron of the same seed ends with; magnitude importance (squared L2 norm, averaged over the layers of a
+group, divided by its mean), global ranking, at least one filter per block, heads kept.
 """,
 }
 TIMED = 5  # images, for the seconds of inference
@@ -253,9 +253,12 @@ def check_pruned_rows(output: Path, rows: tuple[str, ...], seeds: tuple[int, ...
     """Raise InputError where a row of torch-pruning has no two halves, or is still to be pruned and the library is not
     installed."""
     pruned = [row for row in rows if HALF in make_row_plan(row, epochs).needs]
-    others = "name the other rows with --rows: " + " ".join(ROWS[:-1])
+    others = [kind for kind in ROWS[:-1] if kind in map(kind_of, rows)]
+    others = f"leave it out with --rows {' '.join(others)}"
     if pruned and epochs < 2:
-        raise InputError(f"--epochs {epochs}: torch-pruning needs one before and one after it; give 2, or {others}")
+        raise InputError(
+            f"--epochs {epochs}: nnunet-pruned needs one before and one after it is pruned; give 2, or {others}"
+        )
     if torch_pruning is None and any(find_run(output, row, seed)[0] is None for row, seed in product(pruned, seeds)):
         raise InputError(
             f"torch-pruning is missing, which nnunet-pruned needs: pip install {TORCH_PRUNING}, or {others}"
