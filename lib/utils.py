@@ -335,7 +335,8 @@ def _parser() -> Parser:
     add(
         pruning,
         "--imp_fun",
-        "delta_prune, the distance that is compared with the thresholds",
+        "delta_prune, the distance that is compared with the thresholds; random deals its values to the filters of a "
+        "block at random",
         "euc_rand",
         **one_of(IMPORTANCES),
     )

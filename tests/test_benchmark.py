@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,23 +24,28 @@ needs_torch_pruning = pytest.mark.skipif(
 ROWS = [
     "Sauron",
     "Sauron (lambda = 0)",
+    "random filters, otherwise Sauron",
     "nnUNet",
     "nnUNet of Sauron's widths, from scratch",
+    "flat U-Net of Sauron's FLOPs, from scratch",
     "nnUNet, torch-pruning to Sauron's FLOPs, fine-tuned",
 ]
+KEYS = ["sauron", "sauron-lambda0", "sauron-random", "nnunet", "nnunet-widths", "nnunet-flat", "nnunet-pruned"]
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a benchmark on 10 patients (4 test images)."""
+    """Of a benchmark on 10 patients (4 test images), of an odd number of epochs."""
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DATASETS["phantom"], "cases", range(1, 11))
-        small = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
+        patch.setattr(benchmark, "TIMED", 1)
+        patch.setattr(train, "report_training", lambda *_: None)  # has tests of its own
+        small = ["--fms_init", "4", "--levels", "3", "--patch_size", "64", "64", "--num_workers", "0"]
         small += ["--min_filters", "2"]
         pruning = ["--max_prune_fraction", "0.6", "--device", "cpu"]
         paths = ["--data_path", str(folder / "phantom"), "--cache_path", str(folder / "cache")]
-        own = ["--data", "phantom", "--epochs", "2", "--seeds", "1", "--output", str(folder / "out")]
+        own = ["--data", "phantom", "--epochs", "3", "--seeds", "1", "--no_tta", "--output", str(folder / "out")]
         yield [*own, "--", *small, *pruning, *paths]
 
 
@@ -64,48 +70,171 @@ def finished(arguments):
     return SimpleNamespace(folder=Path(arguments[arguments.index("--output") + 1]), calls=calls)
 
 
+def run_of(finished, row):
+    return finished.folder / "runs" / f"{row}-1" / "phantom" / "1"
+
+
+@contextmanager
+def other_config(run, **settings):
+    """The run's config.json with other settings for a while."""
+    path = run / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | settings))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 @needs_torch_pruning
 def test_the_table_has_every_row(finished):
     table = json.loads((finished.folder / "table.json").read_text())
     assert [row["row"] for row in table["rows"]] == ROWS
     assert (table["partitions"], table["subjects"], table["seeds"]) == (["test"], 4, [1])
-    assert (table["settings"]["epochs"], table["settings"]["fms_init"]) == (2, 4)
-    sauron, _, whole, widths, pruned = table["rows"]
-    target = sauron["flops"]["mean"]
+    assert (table["settings"]["epochs"], table["settings"]["fms_init"]) == (3, 4)
+    rows = dict(zip(KEYS, table["rows"], strict=True))
+    target, whole = rows["sauron"]["flops"]["mean"], rows["nnunet"]
     assert target < 0.9 * whole["flops"]["mean"]
-    assert widths["flops"] == sauron["flops"]
-    assert widths["parameters"] == sauron["parameters"]
-    assert pruned["flops"]["mean"] == pytest.approx(target, rel=0.1)  # a filter of so small a network is 10% of it
+    for key in ("flops", "parameters"):
+        assert rows["nnunet-widths"][key] == rows["sauron"][key]
+    assert rows["nnunet-pruned"]["flops"]["mean"] == pytest.approx(target, rel=0.1)  # a filter of so few is 10% of it
     for row in table["rows"]:
         assert set(row["dice"]) == {"RV cavity", "myocardium", "LV cavity", "mean foreground"}
         assert row["bytes"]["mean"] > 0 and row["training_seconds"]["mean"] > 0 and row["inference_seconds"]["mean"] > 0
+        assert ("sauron_minus_this" in row) == (row not in (rows["sauron"], whole))
     assert whole["wilcoxon_p"] is None
     lines = (finished.folder / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:7]] == [f"| {row}" for row in ROWS]
-    assert all(line.count("|") == lines[0].count("|") for line in lines[1:7])
-    assert "4 test images of 2 patients, 2 epochs" in lines[8]
+    assert [line.split(" | ")[0] for line in lines[2:9]] == [f"| {row}" for row in ROWS]
+    assert all(line.count("|") == lines[0].count("|") for line in lines[1:9])
+    notes = " ".join(line.strip() for line in lines[10:])
+    assert "4 test images of 2 patients. Every row is trained for 3 epochs in all" in notes
+    assert "trained for 1 of the 3 epochs, pruned, and fine-tuned for the other 2" in notes
+    assert "Trained on cpu, " in notes and "Inference was timed on cpu, " in notes and "different devices" not in notes
 
 
 @needs_torch_pruning
-def test_it_continues_where_it_was_interrupted(finished, arguments, monkeypatch):
+def test_every_row_has_as_many_steps_and_all_of_its_time(finished):
+    def steps(row, epoch):
+        state = torch.load(run_of(finished, row) / "models" / f"state-{epoch}", weights_only=True)
+        (n,) = {int(values["step"]) for values in state["optimizer"]["state"].values()}
+        return n
+
+    whole = steps("nnunet", 3)
+    assert whole > 3
+    assert {steps(row, 3) for row in KEYS[:-1]} == {whole}
+    assert steps("nnunet-half", 1) + steps("nnunet-pruned", 2) == whole
+
+    seconds = json.loads((finished.folder / "pruned" / "nnunet-pruned-1.json").read_text())["seconds"]
+    assert seconds > 0
+    for row in ("nnunet-half", "nnunet-pruned"):
+        history = json.loads((run_of(finished, row) / "history.json").read_text())
+        seconds += sum(history["seconds"])
+        assert history["lr"][0] == 0.003  # the learning rate starts anew in the second half
+    table = json.loads((finished.folder / "table.json").read_text())
+    assert table["rows"][-1]["training_seconds"]["mean"] == pytest.approx(seconds)
+    config = json.loads((run_of(finished, "nnunet-pruned") / "config.json").read_text())
+    assert config["seed_train"] == 1_000_001  # other patches than those of the first half
+
+
+@needs_torch_pruning
+def test_random_filters_and_the_flat_network(finished):
+    config = json.loads((run_of(finished, "sauron-random") / "config.json").read_text())
+    sauron = json.loads((run_of(finished, "sauron") / "config.json").read_text())
+    assert {key for key in config if config[key] != sauron[key]} == {"imp_fun", "exp_name", "command"}
+    assert config["imp_fun"] == "random"
+    flops = json.loads((run_of(finished, "sauron") / "history.json").read_text())["flops"][-1]
+    model = load_model(run_of(finished, "nnunet-flat") / "models" / "model-3")
+    (width,) = {block.out_filters for block in model.blocks() if not block.head}
+    assert [block.out_filters for block in model.blocks() if block.head] == [4]
+    names = [block.name for block in model.blocks() if not block.head]
+
+    def off(width):
+        flat = nnUNet(1, 4, 1, 3, filters={"out": dict.fromkeys(names, width)})
+        return abs(summary(flat, (64, 64))["flops"] - flops)
+
+    assert width == min(range(1, 20), key=off)
+
+
+@needs_torch_pruning
+def test_it_continues_where_it_was_interrupted(finished):
     first, second = finished.calls
-    assert len(first) == 2 and len(second) == 4
+    assert len(first) == 2 and len(second) == 7
     assert "--resume" in second[0] and not any("--resume" in argv for argv in [*first, *second[1:]])
-    history = json.loads((finished.folder / "runs" / "sauron-lambda0-1" / "phantom" / "1" / "history.json").read_text())
-    assert history["epoch"] == [1, 2]
+    history = json.loads((run_of(finished, "sauron-lambda0") / "history.json").read_text())
+    assert history["epoch"] == [1, 2, 3]
+
+
+@needs_torch_pruning
+def test_what_is_finished_is_timed_on_another_device(finished, arguments, monkeypatch):
     before = json.loads((finished.folder / "table.json").read_text())["rows"]
     for script in (benchmark.train, benchmark.predict, benchmark.evaluate):
         monkeypatch.setattr(script, "main", lambda argv: pytest.fail(f"done already: {argv}"))
-    assert benchmark.main(arguments) == 0
-    after = json.loads((finished.folder / "table.json").read_text())["rows"]
-    assert [row["dice"] for row in after] == [row["dice"] for row in before]
+    monkeypatch.setattr(benchmark, "torch_pruning", None)  # which has done its part
+    with other_config(run_of(finished, "nnunet-half"), device="cuda", machine="x86_64, 3 cores, 3 threads, A-GPU"):
+        assert benchmark.main([*arguments, "--device", "cpu:0"]) == 0
+    table = json.loads((finished.folder / "table.json").read_text())
+    assert table["inference_on"].startswith("cpu:0, ")
+    for now, then in zip(table["rows"], before, strict=True):
+        assert (now["dice"], now["training_seconds"]) == (then["dice"], then["training_seconds"])
+    assert table["rows"][-1]["trained_on"][0].startswith("cuda, x86_64, 3 cores, 3 threads, A-GPU; cpu, ")
+    lines = (finished.folder / "table.md").read_text().splitlines()
+    assert any("Inference was timed on cpu:0, " in line for line in lines)
+    assert any("trained on different devices" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("- Trained on cuda")]
+    assert "A-GPU; cpu, " in line
+
+
+@needs_torch_pruning
+def test_results_are_those_of_the_present_model(finished, arguments):
+    plan = benchmark.make_plan(benchmark.parse_arguments(arguments))
+    results, stray = finished.folder / "results" / "nnunet-1.json", finished.folder / "predictions" / "nnunet-1" / "x"
+    expected = json.loads(results.read_text())
+    made_from = results.with_suffix(".sha256")
+    for spoil in (lambda: made_from.write_text("0" * 64), made_from.unlink):
+        spoil()
+        results.write_text('{"of": "another model"}')
+        stray.write_text("of another model")
+        assert benchmark.evaluate_row(plan, "nnunet", 1) == expected
+        assert json.loads(results.read_text()) == expected and not stray.exists()
+    results.write_text('{"of": "this model"}')
+    assert benchmark.evaluate_row(plan, "nnunet", 1) == {"of": "this model"}
+    results.write_text(json.dumps(expected))
+
+
+@needs_torch_pruning
+def test_rows_of_the_earlier_scheme_are_refused(finished, arguments, capsys):
+    record = finished.folder / "pruned" / "nnunet-pruned-1.json"
+    with other_config(run_of(finished, "nnunet-pruned"), epochs=3):
+        assert benchmark.main(arguments) == 2
+        assert "nnunet-pruned-1: an earlier version" in capsys.readouterr().err.splitlines()[-1]
+        assert benchmark.main(["--rows", "nnunet", *arguments]) == 2  # the old row would be in the table too
+    moved = record.rename(record.with_suffix(".away"))
+    assert benchmark.main(arguments) == 2
+    assert "nnunet-pruned-1: an earlier version" in capsys.readouterr().err.splitlines()[-1]
+    moved.rename(record)
+
+
+@needs_torch_pruning
+@pytest.mark.parametrize("row", ["nnunet-widths", "nnunet-flat", "nnunet-pruned"])
+def test_rows_like_another_network_of_sauron_are_refused(finished, arguments, row, capsys):
+    plan = benchmark.make_plan(benchmark.parse_arguments(arguments))
+    benchmark.check_likeness(plan, row, 1)
+    models = run_of(finished, "sauron") / "models"
+    saved = {name: (models / name).read_bytes() for name in ("model-3", "SHA256SUMS")}
+    checkpoint.save_model(models / "model-3", nnUNet(1, 4, 8, 3))
+    try:
+        with pytest.raises(InputError, match=f"{row}-1: was made like another network than that of sauron-1"):
+            benchmark.check_likeness(plan, row, 1)
+    finally:
+        for name, data in saved.items():
+            (models / name).write_bytes(data)
 
 
 @needs_torch_pruning
 def test_every_training_names_its_own_command(finished):
-    config = json.loads((finished.folder / "runs" / "nnunet-1" / "phantom" / "1" / "config.json").read_text())
+    config = json.loads((run_of(finished, "nnunet") / "config.json").read_text())
     assert "train.py --data phantom" in config["command"]
-    assert "--model nnunet --epochs 2 --seed_train 1" in config["command"]
+    assert "--model nnunet --epochs 3 --device cpu --seed_train 1" in config["command"]
 
 
 @needs_torch_pruning
@@ -116,6 +245,7 @@ def test_every_training_names_its_own_command(finished):
         (["--lambda", "0.1"], "--lambda 0.1: "),
         (["--seed_train", "3"], "--seed_train after --"),
         (["--model", "nnunet"], "--model after --"),
+        (["--imp_fun", "random"], "--imp_fun random after --"),
         (["--loss", "DS_CrossEntropyDiceLoss_Distance"], "--model sauron"),
         (["--levels", "9"], "--patch_size"),
     ],
@@ -127,13 +257,49 @@ def test_other_settings_are_refused(finished, arguments, more, message, capsys):
     assert sorted(finished.folder.rglob("*")) == before
 
 
-def test_without_torch_pruning_nothing_starts(tmp_path, monkeypatch, capsys):
+def test_without_torch_pruning_nothing_starts_but_what_does_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "torch_pruning", None)
-    assert benchmark.main(["--data", "phantom", "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "pip install torch-pruning" in error
+    for rows, others in (([], " ".join(KEYS[:-1])), (["--rows", "nnunet-pruned"], "sauron nnunet")):
+        assert benchmark.main(["--data", "phantom", "--output", str(tmp_path / "out"), *rows]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "pip install torch-pruning" in error
+        assert error.strip().endswith(f"--rows {others}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_epoch_has_no_two_halves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for budgets in ([], ["--budgets", "50%"]):
+        assert benchmark.main(["--data", "phantom", "--epochs", "1", *budgets]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--epochs 1: nnunet-pruned" in error and "--rows sauron" in error
+    assert benchmark.main(["--data", "phantom", "--rows", "sauron-lambda0", "--budgets", "50%"]) == 2
+    assert "--rows sauron-lambda0: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "budgets", "expected"),
+    [
+        (benchmark.ROWS, [], [*KEYS[:-1], "nnunet-half", KEYS[-1]]),
+        (["nnunet"], [], ["nnunet"]),
+        (["sauron-random"], [], ["sauron-random", "nnunet"]),
+        (["nnunet-flat"], [], ["sauron", "nnunet", "nnunet-flat"]),
+        (["nnunet-pruned"], [], ["sauron", "nnunet", "nnunet-half", "nnunet-pruned"]),
+        (["nnunet-widths"], ["20%", "20%", "2G"], "nnunet sauron@20pct nnunet-widths@20pct sauron@2G nnunet-widths@2G"),
+        (
+            benchmark.ROWS,
+            ["20%"],
+            "nnunet nnunet-half sauron@20pct sauron-random@20pct nnunet-widths@20pct nnunet-flat@20pct "
+            "nnunet-pruned@20pct",
+        ),
+    ],
+)
+def test_rows_bring_what_they_need(kinds, budgets, expected):
+    expected = expected.split() if isinstance(expected, str) else expected
+    assert list(benchmark.rows_to_train(kinds, budgets)) == expected
 
 
 def literal_keep(model, n):
@@ -191,6 +357,11 @@ def test_magnitude_pruning_keeps_a_filter_in_every_block():
     assert model(torch.zeros(1, 1, 32, 32))[0].shape == (1, 4, 32, 32)
 
 
+@pytest.mark.parametrize(("flops", "size"), [(0, 1), (1, 1), (2, 1), (3, 2), (30, 5), (31, 6), (1000, 6)])
+def test_the_nearest_size(flops, size):
+    assert benchmark.nearest(range(1, 7), lambda n: n * n, flops) == size  # of 1, 4, 9, 16, 25 and 36
+
+
 def test_mean_and_standard_deviation():
     assert benchmark.spread([0.8, 0.9, 1.0]) == pytest.approx({"mean": 0.9, "sd": 0.1})
     assert benchmark.spread([2.0, None]) == {"mean": 2.0, "sd": None}
@@ -207,9 +378,7 @@ def test_mean_and_standard_deviation():
     ],
 )
 def test_wilcoxon_by_hand(differences, p):
-    reference = {f"s{i}": float(i) for i in range(len(differences))} | {"a": 1.0, "b": None}
-    dice = {f"s{i}": i + float(d) for i, d in enumerate(differences)} | {"a": None, "b": 0.5}
-    assert benchmark.wilcoxon_p(dice, reference) == (None if p is None else pytest.approx(p))
+    assert benchmark.wilcoxon_p([float(d) for d in differences]) == (None if p is None else pytest.approx(p))
 
 
 def results(*dice):
@@ -220,12 +389,14 @@ def results(*dice):
 
 def test_a_row_by_hand():
     seeds = [results([0.8, 0.6], [0.5, None]), results([0.6, 0.2], [None, None])]
+    by_seed = {1: seeds[0], 2: seeds[1]}
     assert benchmark.subject_dice(seeds) == pytest.approx({"s0": (0.7 + 0.4) / 2, "s1": 0.5})
     sizes = [
         {"parameters": 2e6, "flops": 4e9, "bytes": 8e6, "training_seconds": 90.0, "inference_seconds": 0.5},
         {"parameters": 1e6, "flops": 2e9, "bytes": 4e6, "training_seconds": 30.0, "inference_seconds": 0.1},
     ]
-    row = benchmark.make_row("ours", seeds, sizes, seeds, ("background", "a", "b"))
+    row = benchmark.make_row("ours", by_seed, sizes, by_seed, ("background", "a", "b"))
+    assert row["seeds"] == [1, 2] and row["wilcoxon_p"] is None
     assert row["dice"]["a"] == pytest.approx({"mean": 0.7, "sd": 0.02**0.5})
     assert row["dice"]["mean foreground"] == pytest.approx({"mean": 0.55, "sd": 0.045**0.5})
     assert row["HD95"]["a"] == {"mean": 3.0, "sd": 0.0}
@@ -240,41 +411,66 @@ def test_a_row_by_hand():
     )
 
 
-def test_differences_are_paired_by_patient():
-    def of(*dice):  # two patients of two images each
-        names = ("p1_a", "p1_b", "p2_a", "p2_b")
-        return [{name: {"dice": [1.0, d]} for name, d in zip(names, dice, strict=True)}]
+def images(*dice):
+    """As evaluate.py, of one seed: patients of two images each."""
+    return {f"p{i // 2 + 1}_{i % 2}": {"dice": [1.0, d]} for i, d in enumerate(dice)}
 
-    found = benchmark.difference(of(0.8, 0.6, 0.5, 0.7), of(0.6, 0.6, 0.4, None))
-    # patients: 0.7 - 0.6 and 0.6 - 0.4; t(0.975, 1) = 12.706, sd = 0.0707, so 12.706 * 0.05
+
+def test_differences_are_paired_by_patient():
+    ours, theirs = {1: images(0.8, 0.6, 0.5, 0.7)}, {1: images(0.6, 0.6, 0.4, None)}
+    differences = benchmark.paired_differences(ours, theirs)
+    assert differences == pytest.approx([0.7 - 0.6, 0.6 - 0.4])
+    found = benchmark.mean_difference(differences)
+    # t(0.975, 1) = 12.706, sd = 0.0707, so 12.706 * 0.05
     assert found == pytest.approx({"mean": 0.15, "low": 0.15 - 0.6353, "high": 0.15 + 0.6353, "n": 2}, abs=1e-4)
     assert benchmark.format_difference(found) == "+0.150 [-0.485, +0.785]"
-    assert benchmark.format_difference(benchmark.difference(of(1, 1, None, None), of(0.5, 1, 1, 1))) == "+0.250"
+    one = benchmark.paired_differences({1: images(1, 1, None, None)}, {1: images(0.5, 1, 1, 1)})
+    assert benchmark.format_difference(benchmark.mean_difference(one)) == "+0.250"
+
+
+def test_p_counts_patients_not_images():
+    differences = benchmark.paired_differences({1: images(*[0.9, 0.8] * 5)}, {1: images(*[0.1, 0.2] * 5)})
+    assert len(differences) == 5
+    assert benchmark.wilcoxon_p(differences) == pytest.approx(2 / 32)
+
+
+def test_only_common_seeds_are_compared():
+    ours, theirs = {1: images(0.5, 0.5), 2: images(0.9, 0.9)}, {2: images(0.8, 0.8), 3: images(0.1, 0.1)}
+    assert benchmark.paired_differences(ours, theirs) == pytest.approx([0.1])
+    assert benchmark.paired_differences(ours, {3: images(0.1, 0.1)}) == []
+    assert benchmark.mean_difference([]) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
 @needs_torch_pruning
-def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments, tmp_path):
-    out = ["--output", str(tmp_path / "out"), "--epochs", "3"]
+def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments, tmp_path, monkeypatch):
     cut = arguments.index("--")
-    argv = [*arguments[:cut], *out, "--partitions", "test", "validation", "--no_tta", "--budgets"]
+    argv = ["--data", "phantom", "--epochs", "3", "--seeds", "1", "--output", str(tmp_path / "out")]
+    argv += ["--partitions", "test", "validation"]
     small = [*arguments[cut:], "--prune_between", "0%", "50%", "--min_filters", "1"]
-    assert benchmark.main([*argv, "70%", *small]) == 0
-    assert benchmark.main([*argv, "90%", *small]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "torch_pruning", None)
+        assert benchmark.main([*argv, "--rows", "nnunet-flat", "--budgets", "70%", *small]) == 0
+    assert benchmark.main([*argv, "--rows", "nnunet-pruned", "sauron-random", "--budgets", "90%", *small]) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     rows = {row["row"]: row for row in table["rows"]}
-    kinds = ("Sauron, budget {}", "nnUNet of Sauron's widths ({}), from scratch")
-    kinds += ("nnUNet, torch-pruning to Sauron's FLOPs ({}), fine-tuned",)
-    assert list(rows) == ["nnUNet", *(kind.format(limit) for limit in ("70%", "90%") for kind in kinds)]
-    whole = rows["nnUNet"]["flops"]["mean"]
-    for limit, share in (("70%", 0.7), ("90%", 0.9)):
-        sauron, widths, pruned = (rows[kind.format(limit)] for kind in kinds)
-        assert sauron["flops"]["mean"] <= share * whole
-        assert widths["flops"] == sauron["flops"]
-        assert "sauron_minus_this" in widths and "sauron_minus_this" in pruned
+    assert list(rows) == [
+        "nnUNet",
+        "Sauron, budget 70%",
+        "flat U-Net of Sauron's FLOPs (70%), from scratch",
+        "Sauron, budget 90%",
+        "random filters (90%), otherwise Sauron",
+        "nnUNet, torch-pruning to Sauron's FLOPs (90%), fine-tuned",
+    ]
+    whole, sauron70, _, sauron90, chance, pruned = (row["flops"]["mean"] for row in rows.values())
+    assert sauron70 <= 0.7 * whole and max(sauron90, chance) <= 0.9 * whole
+    assert pruned == pytest.approx(sauron90, rel=0.1)
+    assert ["sauron_minus_this" in row for row in rows.values()] == [False, False, True, False, True, True]
     runs = tmp_path / "out" / "runs"
     epochs = {path.parts[-4]: json.loads(path.read_text())["epochs"] for path in runs.glob("*/phantom/1/config.json")}
-    assert epochs["nnunet-half-1"] + epochs["nnunet-pruned@70pct-1"] == 3
-    assert epochs["nnunet-1"] == epochs["sauron@70pct-1"] == epochs["nnunet-widths@70pct-1"] == 3
+    assert (epochs["nnunet-half-1"], epochs["nnunet-pruned@90pct-1"]) == (1, 2)
+    assert {epochs[row] for row in ("nnunet-1", "sauron@70pct-1", "sauron-random@90pct-1", "nnunet-flat@70pct-1")} == {
+        3
+    }
     assert len(list((tmp_path / "out" / "predictions" / "nnunet-1").glob("*.nii.gz"))) == table["subjects"]
     assert (tmp_path / "out" / "dice_flops.png").stat().st_size > 10_000
 
