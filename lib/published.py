@@ -52,9 +52,8 @@ def settings(folder: Path, model: Path) -> dict:
         optimizer, network = config.get("optim_params", {}), config.get("architecture", {})
         keys = ("optim", "epochs", "batch_size", "val_interval", "seed_train", "seed_data", "loss")
         said = {key: config.get(key) for key in keys}
-        said |= {"wd": optimizer.get("weight_decay")} | {
-            key: optimizer.get(key) for key in ("lr", "momentum", "nesterov")
-        }
+        said["wd"] = optimizer.get("weight_decay")
+        said |= {key: optimizer.get(key) for key in ("lr", "momentum", "nesterov")}
         said |= {key: network.get(key) or None for key in ("fms_init", "dist_fun", "imp_fun")}
         said["split"] = ":".join(map(str, config["split"])) if "split" in config else None
         if said["loss"] == DISTANCE_LOSS:
@@ -125,22 +124,22 @@ def read_history(folder: Path, epoch: int, model: nnUNet) -> History:
     now = {block.name: block.out_filters for block in model.blocks()}
     notes = [f"goes on after epoch {epoch} of {folder}, a run of the published code; the optimizer is new"]
     if widths or taus:
-        counts = {len(widths.get(name, [])) for name in now}
-        if counts not in ({n}, {n - 1}):  # the published code writes the file before it adds the newest epoch
-            raise InputError(
-                f"{folder / 'channels_history.pkl'}: has not the blocks of the model, in each of {n} epochs"
-            )
-        other = next((name for name in now if len(widths.get(name, [])) == n and widths[name][-1] != now[name]), None)
-        if other:
+        # The published code writes the file before it adds the newest epoch, which a run that goes on then lacks.
+        file, counts = folder / "channels_history.pkl", {len(widths.get(name, [])) for name in now}
+        if len(counts) > 1 or not (counts <= {n - 1, n} or was_continued and max(counts) < n):
+            raise InputError(f"{file}: has not the blocks of the model, each in {n} epochs; give that of its run")
+        rows = [{name: widths[name][i] for name in now} for i in range(max(counts))]
+        newest = rows.pop() if len(rows) == n else now
+        for name in [name for name in now if newest[name] != now[name]][:1]:
             notes.append(
-                f"{folder / 'channels_history.pkl'}: {other} has {widths[other][-1]} filters after epoch {epoch}, but "
-                f"{now[other]} in the model, whose widths count"
+                f"{file}: {name} has {newest[name]} filters after epoch {epoch}, but {now[name]} in the model, whose "
+                "widths count"
             )
-        rows = [{name: widths[name][i] for name in now} for i in range(n - 1)] + [now]
+        rows.append(now)
     else:  # no block was ever to be pruned
         rows = [now] * n
 
-    n = min(n, epoch)
+    n = min(n, epoch, len(rows))
     return History(
         epoch,
         train_losses[-n:],
@@ -317,9 +316,9 @@ def unpickle(data: bytes) -> object:
             case "REDUCE":
                 named, arguments = stack[-2:]
                 stack[-2:] = [_made(named, *arguments)]
-            case "BUILD":  # the byte order of a dtype
+            case "BUILD":  # the byte order of a dtype, | where there is none
                 _, order, *_ = stack.pop()
-                stack[-1] = _Dtype(stack[-1].code, order)
+                stack[-1] = _Dtype(stack[-1].code, {"<": "<", ">": ">", "|": "="}[order])
             case name:
                 raise Foreign(f"has the instruction {name}")
     raise EOFError
@@ -350,5 +349,5 @@ def _made(named: Named, first: object, *rest: object) -> object:
             raise Foreign(f"holds a value of numpy's type {first[:20]!r}")
         return _Dtype(first)
     (data,) = rest
-    (value,) = np.frombuffer(data, np.dtype(first.order.replace("|", "=") + first.code)).tolist()
+    (value,) = np.frombuffer(data, np.dtype(first.order + first.code)).tolist()
     return value

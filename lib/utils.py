@@ -411,8 +411,8 @@ def _parser() -> Parser:
     add(
         start,
         "--history",
-        "run folder that holds the optimizer, thresholds, histories and random states of that epoch; a new run goes on "
-        "from one of the published code, with all but the first and last of these",
+        "run folder that holds the optimizer, thresholds, histories and random states of that epoch; from a run of the "
+        "published code, which has thresholds and histories alone, a new run goes on",
         "none",
         metavar="RUN",
     )

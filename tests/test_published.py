@@ -332,11 +332,16 @@ def test_validation_losses_belong_to_the_multiples_of_the_interval(tmp_path, mod
 
 
 def test_a_published_run_that_was_continued_itself(tmp_path, model):
-    """It trained epoch 2 twice: 4 losses, 3 epochs. Or it began without a history: 2 losses of 5 epochs."""
+    """It trained epoch 2 twice: 4 losses, 3 epochs, and the widths of the first epoch 2 are lost. Or it began without
+    a history: 2 losses of 5 epochs."""
     config = CONFIG | {"epoch_start": 2}
-    run = write_run(tmp_path / "twice", model, epochs=4, config=config, val_loss_history=[4.0, 3.0])
+    widths = {name: [n + 2, n + 1] for name, n in OUT.items()}
+    run = write_run(
+        tmp_path / "twice", model, epochs=4, config=config, val_loss_history=[4.0, 3.0], channels_history=widths
+    )
     history = published.read_history(run, 3, model)
-    assert history.train_losses == [2.875, 2.75, 2.625] and history.val_losses == {2: 3.0} and len(history.widths) == 3
+    assert history.train_losses == [2.875, 2.75, 2.625] and history.val_losses == {2: 3.0}
+    assert [row["enc_ConvBlock_1"] for row in history.widths] == [6, 5, 4]
     run = write_run(tmp_path / "late", model, epochs=2, config=config, val_loss_history=[4.0])
     history = published.read_history(run, 5, model)
     assert history.train_losses == [3.0, 2.875] and history.val_losses == {4: 4.0} and len(history.widths) == 2
