@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lib import published
 from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
@@ -75,10 +76,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_config(model_state: Path) -> dict:
-    """The settings of the run that a model RUN/models/model-E belongs to; empty where there are none."""
+    """The settings of the run that a model RUN/models/model-E belongs to; empty where there are none of ours."""
     folder = model_state.resolve().parent
     in_run = folder.name == "models" and (folder.parent / "config.json").exists()
-    return read_config(folder.parent) if in_run else {}
+    return read_config(folder.parent) if in_run and published.read_config(folder.parent) is None else {}
 
 
 def find_images(args: argparse.Namespace, config: dict) -> dict[str, Path]:

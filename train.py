@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, distributed
+from lib import checkpoint, distributed, published
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import build_dataset
@@ -61,6 +61,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         weights = read_state(source) if source else None
         unpruned = config | {"in_filters": None, "out_filters": None}
         model = build_model(config if progress is None else unpruned, weights, source)
+        history = published.read_history(Path(args.history), epoch, model) if args.history and run is None else None
         data = build_dataset(config)
         if distributed.local_rank() == 0:
             data.prepare()
@@ -94,6 +95,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         log(note)
     processes = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     log(f"{config['model']} on {device}{processes}: weights " + (f"of {source}" if source else "new"))
+    for note in history.notes if history else ():
+        log(note)
     for damaged in (later for later in checkpoint.saved_epochs(folder) if later > epoch and args.resume):
         log(f"model or state of epoch {damaged} is damaged; continuing after epoch {epoch}, the newest good one")
 
@@ -105,6 +108,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         with distributed.agreed():
             checkpoint.restore(state, progress)
     pruning = pruning_arguments(config, state.unpruned["flops"])
+    if history:
+        published.restore(state, history, pruning, data.patch_size)
     if pruning and "tau_max" in pruning and not state.validates:
         log("no validation set: thresholds rise by the training loss alone")
     try:

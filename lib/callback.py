@@ -147,8 +147,8 @@ def _end_epoch_prune_to_budget(
         state.log(f"budget met after epoch {state.epoch}: {text}; nothing more is pruned")
     elif state.epoch + 1 > between[1]:
         reason = (
-            f"every block has as few filters as --min_filters {min_filters} allows (those that feed a head: at least "
-            f"the number of classes)"
+            f"every block has as few filters as --min_filters {min_filters} allows"
+            + " (those that feed a head: at least the number of classes)" * (min_filters > 1)
             if all(n <= fewest[name] for name, n in left.items())
             else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
         )
@@ -253,7 +253,7 @@ def _end_epoch_log(state: TrainingState, epochs: int) -> None:
         parts.append(f"tau {max(row['tau'].values()):.3f}")
     if row.get("ms") is not None:
         parts.append(f"{row['ms']:.2f} ms")
-    recent = [r["seconds"] for r in state.rows[-5:]]
+    recent = [r["seconds"] for r in state.rows[-5:] if r["seconds"] is not None]  # a published run has none
     left = round((epochs - state.epoch) * sum(recent) / len(recent))
     parts += [f"{row['seconds']:.1f} s", f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"]
     state.log(" | ".join(parts))

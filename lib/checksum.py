@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from lib.error import InputError
+from lib.text import read_text
 
 SUMS = "SHA256SUMS"
 
@@ -23,7 +24,7 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
     """The sums of a folder by file name: two while a file is being replaced, none for a file from elsewhere."""
     sums: dict[str, list[str]] = {}
     try:
-        lines = (folder / SUMS).read_text(errors="replace").splitlines()
+        lines = read_text(folder / SUMS, errors="replace").splitlines()
     except FileNotFoundError:
         lines = []
     for line in lines:

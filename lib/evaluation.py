@@ -17,6 +17,7 @@ from lib.data.nifti import SUFFIXES, aligned, only, read_label, stem
 from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.stop import check_stopped
+from lib.text import read_text
 from lib.workers import worker_pool
 
 PROBABILITIES = "_probabilities"
@@ -203,7 +204,7 @@ def read_model_summary(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(read_text(path))
         for size in SIZES:
             now, unpruned = summary[size]["now"], summary[size]["unpruned"]
             if not all(type(number) is int and 0 <= number < 2**63 for number in (now, unpruned or 0)):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lib.error import InputError
+from lib.text import read_text
 
 
 def format_filters(rows: list[dict[str, int]]) -> str:
@@ -15,9 +16,9 @@ def format_filters(rows: list[dict[str, int]]) -> str:
 def read_filters(path: str | Path) -> dict[str, int]:
     """The last row of a filter file, by the block's name. Raises InputError if the file is none."""
     try:
-        lines = [line.split("\t") for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = [line.rstrip().split("\t") for line in read_text(path).splitlines() if line.strip()]
         names, last = lines[0], [int(count) for count in lines[-1]]
-    except (OSError, UnicodeDecodeError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{path}: no filter file (tab-separated, a header and a row per epoch): {error}") from error
     if len(names) != len(last) or len(lines) < 2 or min(last) < 1:
         raise InputError(f"{path}: the last row must have one positive number for each of its {len(names)} names")

@@ -19,7 +19,7 @@ FIRST_TAU = 0.001
 class Threshold:
     """A block's threshold, and what it must remember to raise it."""
 
-    step: int = 0  # tau is the step-th of kappa + 1 equidistant values
+    step: float = 0  # tau is the step-th of kappa + 1 equidistant values (a published run's may lie between two)
     patience: int = 0
     lost: int = 0  # filters that went at the end of the epoch before ...
     filters_before: int = 1  # ... of so many
@@ -28,6 +28,12 @@ class Threshold:
 def tau(threshold: Threshold, tau_max: float, kappa: int) -> float:
     """The step-th value of linspace(0.001, tau_max, kappa + 1)."""
     return FIRST_TAU + (tau_max - FIRST_TAU) * threshold.step / kappa
+
+
+def step_of(value: float, tau_max: float, kappa: int) -> float:
+    """The step at which a threshold has this value: a whole one if it is among the kappa + 1 values."""
+    step = (value - FIRST_TAU) / (tau_max - FIRST_TAU) * kappa if tau_max > FIRST_TAU else 0.0
+    return round(step) if abs(step - round(step)) < 1e-6 else step
 
 
 def training_settled(train_losses: list[float], validation_losses: list[float] | None, rho: int) -> bool:
@@ -46,7 +52,7 @@ def raise_threshold(threshold: Threshold, settled: bool, kappa: int, rho: int, m
     if threshold.patience > 0:
         threshold.patience -= 1
     elif settled and threshold.lost < math.ceil(mu * threshold.filters_before) and threshold.step < kappa:
-        threshold.step += 1
+        threshold.step = math.floor(threshold.step) + 1
         threshold.patience = rho
 
 
@@ -59,9 +65,9 @@ def budget_tau(epoch: int, between: tuple[float, float]) -> float:
 
 def fewest_filters(model: nnUNet, min_filters: int) -> dict[str, int]:
     """How many filters every prunable block keeps at least: `min_filters`, and as many as there are classes where it
-    feeds a head, which is a linear combination of its maps."""
+    feeds a head, which is a linear combination of its maps. A `min_filters` of 1 is the published rule: 1 anywhere."""
     table = model.blocks()
-    feeders = {parent for block in table if block.head for parent in block.parents}
+    feeders = {parent for block in table if block.head and min_filters > 1 for parent in block.parents}
     return {
         block.name: max(min_filters, model.n_classes) if block.name in feeders else min_filters
         for block in table

@@ -17,13 +17,14 @@ from typing import NoReturn
 
 import torch
 
-from lib import distributed
+from lib import distributed, published
 from lib.data import DATASETS
 from lib.distance import DISTANCES, IMPORTANCES
 from lib.error import InputError
 from lib.loss import LOSSES
 from lib.models import MODELS
 from lib.stop import Stopped, stoppable
+from lib.text import read_text
 
 # Settings that a run may change when it is continued; all others stay what they were.
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path", "compile"}
@@ -54,13 +55,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(names: Iterable[str]) -> dict:
-    """The keywords of an argparse argument that takes one of `names`."""
+    """The keywords of an argparse argument that takes one of `names`, in upper or lower case."""
     names = sorted(names)
+    by_lower_case = {name.lower(): name for name in names}
 
     def parse(text: str) -> str:
-        if text not in names:
+        if text.lower() not in by_lower_case:
             raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} (known: {', '.join(names)})")
-        return text
+        return by_lower_case[text.lower()]
 
     return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
 
@@ -365,7 +367,8 @@ def _parser() -> Parser:
     add(
         pruning,
         "--min_filters",
-        "a block keeps so many filters at least (one that feeds a head: as many as there are classes)",
+        "a block keeps so many filters at least (one that feeds a head: as many as there are classes, too; but with 1, "
+        "as published, one filter stays anywhere)",
         type=maps,
     )
     add(
@@ -406,12 +409,19 @@ def _parser() -> Parser:
         default=None,
         help="go on although training or validation subjects are not those of the run any more (default: refuse)",
     )
-    add(start, "--epoch_start", "continue after this epoch", "0", type=number(int, 0, 10**6))
+    add(
+        start,
+        "--epoch_start",
+        "continue after this epoch; 1 without --model_state is a fresh start, as published",
+        "0",
+        type=number(int, 0, 10**6),
+    )
     add(start, "--model_state", "saved model (models/model-E) to start from", "none")
     add(
         start,
         "--history",
-        "run folder that holds the optimizer, thresholds, histories and random states of that epoch",
+        "run folder that holds the optimizer, thresholds, histories and random states of that epoch; from a run of the "
+        "published code, which has thresholds and histories alone, a new run goes on",
         "none",
         metavar="RUN",
     )
@@ -424,6 +434,8 @@ def make_config(args: argparse.Namespace) -> dict:
     Raises InputError where settings do not fit one another.
     """
     given = {key: value for key, value in vars(args).items() if value is not None}
+    if given.get("epoch_start") == 1 and "model_state" not in given:
+        given["epoch_start"] = 0  # as published, where a fresh start is told so
     dataset = DATASETS[given["data"]]
     config = {
         "cache_path": "data/preprocessed",
@@ -524,12 +536,16 @@ def continued_config(args: argparse.Namespace, saved: dict, run: Path) -> dict:
 
 
 def settings_of(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """The run folder that is continued, None for a new run, and all settings of the training.
+    """The run folder that is continued, None for a new run, and all settings of the training. What goes on from a
+    published run is a new run.
 
     Raises InputError where settings do not fit one another, the earlier run, or the number of processes.
     """
     run = Path(args.resume or args.history) if args.resume or args.history else None
-    config = continued_config(args, read_config(run), run) if run else make_config(args)
+    if run and not args.resume and published.read_config(run) is not None:
+        run, config = None, make_config(with_published(args, run))
+    else:
+        config = continued_config(args, read_config(run), run) if run else make_config(args)
     for key in ("tau_max", "kappa", "rho", "mu"):
         if has_budget(config) and getattr(args, key) is not None:
             raise InputError(f"--{key}: has no meaning with a budget; leave it out, or give --max_flops none")
@@ -541,13 +557,35 @@ def settings_of(args: argparse.Namespace) -> tuple[Path | None, dict]:
     return run, config
 
 
+def with_published(args: argparse.Namespace, run: Path) -> argparse.Namespace:
+    """`args`, and what the published run folder `run` says of settings that they do not give.
+
+    Raises InputError if it is a run of another data set, or says what no flag accepts.
+    """
+    data = (published.read_config(run) or {}).get("data")
+    if data and DATASETS.get(data["name"]) is not DATASETS[args.data]:
+        raise InputError(f"--data {args.data}: the run {run} has {data['name'][:40]!r}; give its data set")
+    said = published.settings(run, Path(args.model_state))
+    try:
+        said = parseArguments(
+            _flags({"data": args.data} | {key: said[key] for key in said if getattr(args, key) is None})
+        )
+    except InputError as error:
+        raise InputError(f"{run / 'config.json'}: {error}; give this flag yourself") from error
+    return argparse.Namespace(**vars(said) | {key: value for key, value in vars(args).items() if value is not None})
+
+
 def read_config(run: Path) -> dict:
     """config.json of a run folder; settings that it lacks have their defaults.
 
-    Raises InputError if there is none, or a setting is not what its flag would accept.
+    Raises InputError if there is none, it is a published one, or a setting is not what its flag would accept.
     """
+    if published.read_config(run):
+        raise InputError(
+            f"{run}: is a run of the published code; go on with it by --history, --model_state and --epoch_start"
+        )
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads(read_text(run / "config.json"))
         if not isinstance(config, dict) or not isinstance(config.get("data"), str):
             raise ValueError("not the settings of a training")
         config.setdefault("max_flops", "none")  # a run of the time before there were budgets

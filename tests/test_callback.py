@@ -180,12 +180,14 @@ def test_a_block_keeps_some_filters(state, min_filters, fraction, left):
     assert state.model.encoder[1].seq[0].out_channels == left
 
 
-def test_a_block_that_feeds_a_head_keeps_as_many_filters_as_there_are_classes(state):
+@pytest.mark.parametrize(("min_filters", "feeds_a_head"), [(1, 1), (2, 3)])  # 1: the published rule
+def test_a_block_that_feeds_a_head_keeps_as_many_filters_as_there_are_classes(state, min_filters, feeds_a_head):
     for name, (delta, r) in state.delta_prune.items():
         state.delta_prune[name] = (torch.zeros_like(delta), r)
-    _end_epoch_prune(state, **RULE)
-    out = {name: n for name, n in count_filters(state.model)["out"].items() if n > 1}
-    assert out == {"dec_ConvBlock_4": 3, "dec_Sequential_1": 3}
+    _end_epoch_prune(state, **RULE | {"min_filters": min_filters})
+    out = count_filters(state.model)["out"]
+    assert (out.pop("dec_ConvBlock_4"), out.pop("dec_Sequential_1")) == (feeds_a_head, 3)
+    assert set(out.values()) == {min_filters}
 
 
 # To a budget
@@ -226,7 +228,7 @@ def test_on_the_way_to_a_budget_all_thresholds_climb_evenly_past_tau_max(start):
     filters = [row_["filters"] for row_ in start.rows]
     assert filters[:2] == [92, 92]  # nothing goes before the first moment ...
     assert sorted(filters[1:10], reverse=True) == filters[1:10] and filters[2] < 92
-    assert filters[9:] == [14, 14, 14]  # ... or after the second one: 12 blocks, 1 filter each, 3 where a head is fed
+    assert filters[9:] == [12, 12, 12]  # ... or after the second one: 12 blocks, 1 filter each
     assert set(start.rows[9]["tau"].values()) == {1.0}
 
 

@@ -75,6 +75,17 @@ def test_a_damaged_file_is_refused_and_the_newest_good_one_named(tmp_path, damag
         checkpoint.newest_epoch(tmp_path)
 
 
+def test_a_byte_order_mark_in_front_of_the_checksums_hides_none(tmp_path):
+    state, sums = make_state(tmp_path), tmp_path / "models" / "SHA256SUMS"
+    checkpoint.save(state)
+    sums.write_text(sums.read_text(), encoding="utf-8-sig")
+    assert checkpoint.newest_epoch(tmp_path) == 3
+    path = tmp_path / "models" / "model-3"  # the first line
+    path.write_bytes(path.read_bytes() + b"?")
+    with pytest.raises(InputError, match="model-3: is damaged"):
+        read_state(path)
+
+
 def test_a_file_from_elsewhere_needs_no_checksum(tmp_path):
     state, models = make_state(tmp_path), tmp_path / "models"
     torch.save(checkpoint.state_dict(state.model), models / "model-9")

@@ -141,6 +141,9 @@ def test_model_summary(tmp_path):
         (tmp_path / "model.json").write_text(text)
         with pytest.raises(InputError, match="model.json"):
             read_model_summary(tmp_path)
+    content = {size: {"unpruned": None, "now": 3} for size in ("parameters", "flops", "filters")}
+    (tmp_path / "model.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert read_model_summary(tmp_path) == content
 
 
 def test_script(folders, capsys, monkeypatch):

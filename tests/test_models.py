@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,6 +83,41 @@ def test_sauron_and_nnunet_share_keys_and_outputs(tmp_path):
     fms = sauron.forward_saveFMs(x)
     torch.testing.assert_close(measured.delta_opt["dec_ConvTranspose2d_2"], euc_norm(fms["dec_ConvTranspose2d_2"]))
     assert "model-1" in lines[0]
+
+
+@pytest.mark.parametrize("network", [nnUNet, Sauron])
+def test_the_published_keywords(network):
+    published = {"modalities": 2, "n_classes": 3, "fms_init": 4, "levels": 4, "normLayer": torch.nn.BatchNorm2d}
+    model = network(**published, fms_max=10, dim="2D", filters={})
+    assert [block.out_filters for block in model.blocks()][:8] == [4, 4, 8, 8, 10, 10, 10, 10]
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert list(model.state_dict()) == list(network(2, 3, 4, 4, "any norm", 10, "2D", {}).state_dict())
+    assert network(1, 4, 4, 3, None, 480, "3D").dim == "3D"
+    default = network(1, 4)
+    assert [block.out_filters for block in default.blocks()][:10:2] == [48, 96, 192, 384, 480]
+    assert (default.levels, default.dim) == (5, "2D")
+    counted = count_filters(model)
+    again = network(**published, filters={key: {n: np.int64(v) for n, v in counted[key].items()} for key in counted})
+    assert count_filters(again) == counted
+    assert {type(n) for n in count_filters(again)["out"].values()} == {int}
+
+
+def test_a_list_of_one_tensor_is_that_tensor():
+    torch.manual_seed(0)
+    model = Sauron(1, 4, 4, 3)
+    model.initialize()
+    x = torch.randn(2, 1, 16, 16)
+    for network in (model, nnUNet(1, 4, 4, 3)):
+        assert all(map(torch.equal, network([x]), network(x)))
+        maps, expected = network.forward_saveFMs([x]), network.forward_saveFMs(x)
+        assert list(maps) == list(expected) and all(map(torch.equal, maps.values(), expected.values()))
+    measured, expected = ((torch.manual_seed(1), model(given, True, True))[1] for given in ([x], x))
+    assert all(map(torch.equal, measured.outputs, expected.outputs))
+    assert all(map(torch.equal, measured.delta_opt.values(), expected.delta_opt.values()))
+    for (delta, r), (other, other_r) in zip(measured.delta_prune.values(), expected.delta_prune.values(), strict=True):
+        assert r == other_r and torch.equal(delta, other)
+    with pytest.raises(ValueError, match="one tensor, not a list of 2"):
+        model([x, x])
 
 
 def test_weights_start_from_he_normal():

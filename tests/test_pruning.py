@@ -195,6 +195,7 @@ def test_blocks_that_feed_a_head_keep_as_many_filters_as_there_are_classes(min_f
     feeders = {"dec_ConvBlock_4", "dec_ConvBlock_6"}  # the last block of every stage but the deepest
     assert {name for name, n in fewest.items() if n == feeds_a_head} >= feeders
     assert {fewest[name] for name in set(fewest) - feeders} == {min_filters}
+    assert set(fewest_filters(Sauron(1, 5, 8, 4), 1).values()) == {1}  # the published rule
 
 
 @given(

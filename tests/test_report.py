@@ -31,13 +31,14 @@ from lib.experiments.report import (
 )
 from lib.experiments.report import report_training as report_at_the_end
 from lib.filters import format_filters
-from lib.models import build_model, count_filters, load_model, summary
+from lib.models import build_model, count_filters, load_model, nnUNet, summary
 from lib.utils import facts, make_config, parseArguments
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CPU = torch.device("cpu")
 SMALL = ["--data", "phantom", "--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0"]
 SMALL += ["--min_filters", "2"]
+PRUNABLE = [block.name for block in nnUNet(1, 4, 4, 3).blocks() if not block.head]
 COUNT_IMAGES = """<script>onload = () => {
 const images = [...document.images]
 document.title = images.filter(i => i.naturalWidth > 0).length + " of " + images.length
@@ -184,6 +185,40 @@ def test_the_mean_dice_and_the_epoch_of_model_best(made_up):
     assert (mean.get_label(), star.get_label()) == ("mean", "model-best (epoch 3)")
     assert mean.get_xydata() == pytest.approx(np.array([[1, 0.3], [3, 0.7]]))
     assert star.get_xydata() == pytest.approx(np.array([[3, 0.7]]))
+
+
+def test_byte_order_marks_do_not_matter(made_up):
+    run = made_up()
+    expected = read_run(run)
+    for name in ("config.json", "history.json", "validation_scores.json", "out_filters"):
+        (run / name).write_text((run / name).read_text(), encoding="utf-8-sig")
+    found = read_run(run)
+    assert (found.history, found.scores, found.config) == (expected.history, expected.scores, expected.config)
+    assert np.array_equal(found.filters, expected.filters)
+
+
+def test_what_is_not_known_of_epochs_that_the_published_code_trained(made_up):
+    more = {
+        "seconds": [None, 3600.0, 25.0],
+        "val_dice": [None, None, [0.9, 0.6, 0.7, 0.8]],
+        "val_loss": [1.0, None, 2.0],
+    }
+    run = read_run(made_up(more=more | {"tau": [dict.fromkeys(PRUNABLE), *[dict.fromkeys(PRUNABLE, 0.1)] * 2]}))
+    assert np.isnan(run.tau[:, 0]).all() and (run.tau[:, 1:] == 0.1).all()
+    assert run.best == 3  # the lowest of those that were validated here
+    page = report(run.folder).read_text()
+    assert "1:00:25 h for training and validation, 1812.5 s for the median epoch (known of 2 of 3 epochs)" in page
+    assert page.count("<img ") == 5  # all but the examples, whose data are gone
+    validated, others = draw_time(run).axes[0].collections
+    assert [points.get_offsets()[:, 1].tolist() for points in (validated, others)] == [[25], [3600]]
+
+
+@pytest.mark.parametrize(
+    "more", [{"tau": [dict.fromkeys(PRUNABLE, float("nan"))] * 3}, {"seconds": [None] * 3}, {"train_loss": [None] * 3}]
+)
+def test_what_must_be_known(made_up, more):
+    with pytest.raises(InputError, match="history.json: is broken"):
+        read_run(made_up(more=more))
 
 
 BUDGET = {"budget_met": [False, True, True], "ms": [None, 4.0, None]}

@@ -95,6 +95,19 @@ def test_the_old_name_means_the_same_data_set():
     assert make_config(parseArguments(["--data", "acdc17"]))["data"] == "acdc"
 
 
+@pytest.mark.parametrize(("given", "name"), [("Adam", "adam"), ("ADAM", "adam"), ("SGD", "sgd"), ("sgd", "sgd")])
+def test_an_optimizer_in_any_case(given, name):
+    assert config_of("acdc", "--optim", given)["optim"] == name
+
+
+def test_epoch_1_without_a_model_is_a_fresh_start(tmp_path):
+    assert config_of("acdc", "--epoch_start", "1") == config_of("acdc")
+    config = config_of("acdc", "--epoch_start", "1", "--model_state", "m")
+    assert (config["epoch_start"], config["model_state"]) == (1, "m")
+    with pytest.raises(InputError, match="--history needs --model_state"):
+        parseArguments(["--data", "acdc", "--epoch_start", "1", "--history", "run"])
+
+
 @pytest.mark.parametrize("argv", [["--model", "nnunet"], ["--lambda", "0"]])
 def test_without_distances_the_loss_has_none(argv):
     assert make_config(parseArguments(["--data", "phantom", *argv]))["loss"] == "DS_CrossEntropyDiceLoss"
@@ -173,6 +186,13 @@ def test_a_continued_run_keeps_its_settings():
     assert continued_config(args, saved, "run") == saved | {"epochs": 99}
     with pytest.raises(InputError, match="--lr 0.25: the run run has 0.5"):
         continued_config(parseArguments(["--resume", "run", "--lr", "0.25"]), saved, "run")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path, encoding):
+    config = config_of("phantom", "--exp_name", "Größe")
+    (tmp_path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding=encoding)
+    assert read_config(tmp_path) == config
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path):

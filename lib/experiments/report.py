@@ -33,6 +33,7 @@ from lib.error import InputError
 from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.models import build_model, load_model, summary
+from lib.text import read_text
 from lib.utils import Parser, find_device, flops_of, has_budget, read_config, run_script
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
@@ -82,7 +83,7 @@ class Run:
     scores_epoch: int | None  # of that validation
     widths: dict[str, int]  # filters of each block without pruning
     filters: np.ndarray  # (blocks, epochs)
-    tau: np.ndarray  # (blocks, epochs): the thresholds; (blocks, 0) without pruning
+    tau: np.ndarray  # (blocks, epochs): the thresholds, NaN where not known; (blocks, 0) without pruning
     unpruned: dict[str, int]  # parameters, flops and filters of the network without pruning
 
     @property
@@ -99,7 +100,8 @@ class Run:
     def best(self) -> int | None:
         """The epoch of models/model-best: that of the lowest validation loss, the first of equals; of those after the
         budget was met, if one of them was validated. None without a validation."""
-        losses = {e: v for e, v in zip(self.history["epoch"], self.history["val_loss"], strict=True) if v is not None}
+        validated = zip(self.history["epoch"], self.history["val_loss"], self.history["val_dice"], strict=True)
+        losses = {e: v for e, v, dice in validated if dice is not None}  # a published run's epochs have no Dice here
         fit = {e: v for e, v in losses.items() if self.met is not None and e > self.met} or losses
         return min(fit, key=fit.get, default=None)
 
@@ -116,18 +118,19 @@ def read_run(folder: Path) -> Run:
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
         unpruned = summary(model, tuple(config["patch_size"]))
         file = folder / "history.json"
-        history = json.loads(file.read_text())
+        history = json.loads(read_text(file))
         n_classes = DATASETS[config["data"]].n_classes
         _check_history(history, n_classes)
         n = len(history["epoch"])
-        tau = np.array([[row[name] for row in history.get("tau", [])] for name in widths], dtype=float)
-        if not np.isfinite(tau).all():
+        tau = [[row[name] for row in history.get("tau", [])] for name in widths]
+        if not all(value is None or _is_number(value) for values in tau for value in values):
             raise ValueError("a threshold is no number")
+        tau = np.array(tau, dtype=float)
         file = folder / "out_filters"
-        names, *lines = (line.split("\t") for line in file.read_text().splitlines())
+        names, *lines = (line.split("\t") for line in read_text(file).splitlines())
         filters = np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in widths])
         file = folder / "validation_scores.json"
-        validated = json.loads(file.read_text())
+        validated = json.loads(read_text(file))
         newest = max(map(int, validated), default=None)
         scores = validated[str(newest)]["dice"] if validated else {}
         for dice in scores.values():
@@ -146,8 +149,12 @@ def _check_history(history: dict[str, list], n_classes: int) -> None:
         if not all(type(value) is int and 0 < value < 2**53 for value in history[key]):
             raise ValueError(f"{key} is no whole number")
     for key in ("train_loss", "seconds", "val_loss"):
-        if not all(_is_number(value) or (value is None and key == "val_loss") for value in history[key]):
+        if not all(_is_number(value) or (value is None and key != "train_loss") for value in history[key]):
             raise ValueError(f"{key} is no number")
+    if all(value is None for value in history["seconds"]):
+        raise ValueError("no epoch has its seconds")
+    if any(loss is None for loss, dice in zip(history["val_loss"], history["val_dice"], strict=True) if dice):
+        raise ValueError("val_dice without val_loss")
     for dice in history["val_dice"]:
         if dice is not None:
             _check_dice(dice, n_classes)
@@ -281,6 +288,8 @@ def draw_time(run: Run) -> Figure:
     unit, name = (1e9, "GFLOPs") if flops[0] >= 1e9 else (1e6, "MFLOPs")
     flops = np.concatenate([flops[:1], flops[:-1]]) / unit
     validated = np.array([loss is not None for loss in run.history["val_loss"]])
+    known = np.array([value is not None for value in run.history["seconds"]])  # not of a published run's epochs
+    epochs, flops, seconds, validated = epochs[known], flops[known], seconds[known].astype(float), validated[known]
     for these, marker, label in ((validated, "o", "with validation"), (~validated, "^", "training only")):
         if these.any():
             points = axis.scatter(flops[these], seconds[these], 16, epochs[these], marker=marker, label=label)
@@ -395,9 +404,12 @@ def overview(run: Run) -> dict[str, str]:
         limits = limits if config["max_flops"] != "none" else []
         limits += [f"{config['max_ms']:g} ms per patch"] if config["max_ms"] else []
         rows["budget"] = ", ".join(limits) + (f": met after epoch {run.met}" if run.met is not None else ": not met")
-    seconds = round(sum(history["seconds"]))
+    known = [value for value in history["seconds"] if value is not None]
+    seconds = round(sum(known))
     rows["time"] = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} h for training and validation"
-    rows["time"] += f", {median(history['seconds']):.1f} s for the median epoch"
+    rows["time"] += f", {median(known):.1f} s for the median epoch"
+    if len(known) < len(history["seconds"]):
+        rows["time"] += f" (known of {len(known)} of {len(history['seconds'])} epochs)"
     return rows | {"machine": config.get("machine", "unknown")}
 
 

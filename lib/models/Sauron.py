@@ -24,7 +24,9 @@ class Sauron(nnUNet):
         super().__init__(*args, **kwargs)
         self.dist_fun, self.imp_fun, self.sf = DISTANCES[dist_fun], IMPORTANCES[imp_fun], sf
 
-    def forward(self, x: Tensor, delta_opt: bool = False, delta_prune: bool = False) -> list[Tensor] | Measured:
+    def forward(
+        self, x: Tensor | list[Tensor], delta_opt: bool = False, delta_prune: bool = False
+    ) -> list[Tensor] | Measured:
         """The heads' softmax maps as nnUNet returns them; `Measured` where a distance is asked for."""
         if not (delta_opt or delta_prune):
             return super().forward(x)

@@ -88,17 +88,20 @@ class nnUNet(BaseModel):
     """U-Net with strided convolutions, transposed convolutions and deep supervision.
 
     Level i = 0..levels-1 has min(fms_init * 2**i, fms_max) filters; `filters` = {"in": {name: n}, "out": {name: n}}
-    (filter files; "out" is enough) overrides these widths. Called with (B, modalities, *spatial) it returns the
-    softmax maps (B, n_classes, *spatial / 2**k) of its levels - 2 heads, from full resolution (k = 0) downwards.
-    Each spatial size must be a multiple of 2**(levels - 1).
+    (filter files; "out" is enough) overrides these widths; {} counts as None. Called with (B, modalities, *spatial), or
+    a list of this one tensor as published, it returns the softmax maps (B, n_classes, *spatial / 2**k) of its
+    levels - 2 heads, from full resolution (k = 0) downwards. Each spatial size must be a multiple of 2**(levels - 1).
+
+    `normLayer` belongs to the published interface, where nothing depends on it either: the norm is the instance norm.
     """
 
     def __init__(
         self,
         modalities: int,
         n_classes: int,
-        fms_init: int,
-        levels: int,
+        fms_init: int = 48,
+        levels: int = 5,
+        normLayer: object = None,  # noqa: N803 (the published name)
         fms_max: int = 480,
         dim: str = "2D",
         filters: dict[str, dict[str, int]] | None = None,
@@ -113,7 +116,7 @@ class nnUNet(BaseModel):
         out = {IMAGE: modalities}  # the number of maps that each block gives, by name
 
         def width(name: str, default: int) -> int:
-            out[name] = given.get(name, default)
+            out[name] = int(given.get(name, default))  # filter files read by pandas give numpy's numbers
             return out[name]
 
         # Encoder: two blocks a level, the first of each level but the top one halves the size.
@@ -157,8 +160,12 @@ class nnUNet(BaseModel):
             below = second
         return table
 
-    def feature_maps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def feature_maps(self, x: Tensor | list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The forward pass, block by block: yields (name, output); heads give their softmax maps."""
+        if isinstance(x, list | tuple):
+            if len(x) != 1:
+                raise ValueError(f"the network takes one tensor, not a list of {len(x)}")
+            x = x[0]
         factor = 2 ** (self.levels - 1)
         if any(size % factor for size in x.shape[2:]):
             raise ValueError(f"spatial size {tuple(x.shape[2:])} is not a multiple of {factor} on every axis")
@@ -180,10 +187,10 @@ class nnUNet(BaseModel):
             if stage > 0:
                 yield f"dec_Sequential_{stage}", self.last[stage - 1](x)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor | list[Tensor]) -> list[Tensor]:
         heads = [output for name, output in self.feature_maps(x) if name.startswith("dec_Sequential")]
         return heads[::-1]
 
-    def forward_saveFMs(self, x: Tensor) -> dict[str, Tensor]:
+    def forward_saveFMs(self, x: Tensor | list[Tensor]) -> dict[str, Tensor]:
         """All feature maps of a batch, (B, C, *spatial) by the block's name; the heads' softmax maps are the last."""
         return dict(self.feature_maps(x))
