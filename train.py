@@ -69,7 +69,8 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     with distributed.agreed():
         data.prepare()  # the other ranks find all that they need in the cache
         content, changed = data.content(), {}
-        distributed.check_same("the content of the data", content)
+    distributed.check_same("the content of the data", content)
+    with distributed.agreed():
         if run and distributed.is_main():
             changed = checkpoint.check_subjects(run, content, bool(args.accept_changed_data))
         save_fms = {"image": fixed_image(data), "every": config["save_fms_every"]} if config["save_fms"] else None

@@ -46,6 +46,35 @@ def test_two_frames_of_each_patient_that_is_there(tmp_path, subfolder):
     assert second.label is None
 
 
+def test_a_truth_of_either_suffix_and_no_doubles(tmp_path):
+    folder = tmp_path / "training" / "patient001"
+    touch(folder / "patient001_frame01.nii.gz", folder / "patient001_frame01_gt.nii", folder / "patient001_4d.nii")
+    touch(folder / "patient001_frame09.nii", folder / "patient001_frame09_gt.nii.gz")
+    found = ACDCDataset.find(tmp_path)
+    assert [(file.image.name, file.label.name) for file in found] == [
+        ("patient001_frame01.nii.gz", "patient001_frame01_gt.nii"),
+        ("patient001_frame09.nii", "patient001_frame09_gt.nii.gz"),
+    ]
+    for double in ("patient001_frame01.nii", "patient001_frame09_gt.nii"):
+        touch(folder / double)
+        with pytest.raises(InputError, match=rf"^patient001_frame0\d: both .*{double}.* are there"):
+            ACDCDataset.find(tmp_path)
+        (folder / double).unlink()
+    touch(tmp_path / "patient001" / "patient001_frame01.nii.gz")  # beside training/, too
+    with pytest.raises(InputError, match="^patient001_frame01: both"):
+        ACDCDataset.find(tmp_path)
+
+
+def test_the_challenges_testing_folder_is_never_trained_on(tmp_path):
+    for place, patient in (("training", "patient001"), ("testing", "patient101"), ("training", "patient150")):
+        touch(*(tmp_path / place / patient / f"{patient}_frame01{end}.nii.gz" for end in ("", "_gt")))
+    data = ACDCDataset(tmp_path)
+    assert sum(data.ids.values(), []) == ["patient001_frame01"]
+    assert [file.id for file in ACDCDataset.find(tmp_path / "testing")] == ["patient101_frame01"]
+    with pytest.raises(InputError, match="none of the training cases"):
+        ACDCDataset(tmp_path / "testing").prepare()
+
+
 def test_without_the_data_it_tells_how_to_get_them(tmp_path):
     with pytest.raises(InputError) as error:
         ACDCDataset(tmp_path)

@@ -194,3 +194,51 @@ def test_run_folders_are_numbered(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output"):
         checkpoint.new_run_folder(config | {"output": str(tmp_path / "file")})
+
+
+# ---- the data that a run was trained on
+
+
+CONTENT = {
+    "train": {"a": {"image": "1", "label": "2"}, "b": {"image": "3", "label": "4"}},
+    "validation": {"c": {"image": "5", "label": "6"}},
+}
+
+
+def edited(**parts):
+    return {part: CONTENT[part] | parts.get(part, {}) for part in CONTENT}
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (CONTENT, {}),
+        (edited(train={"a": {"image": "1", "label": "9"}}), {"a": "has another ground truth"}),
+        (edited(validation={"c": {"image": "9", "label": "9"}}), {"c": "has another image and ground truth"}),
+        (edited(train={"d": {"image": "7", "label": "8"}}), {"d": "is new in the train set"}),
+        (
+            {"train": {"a": CONTENT["train"]["a"]}, "validation": CONTENT["validation"]},
+            {"b": "is not in the train set"},
+        ),
+        (
+            {"train": CONTENT["train"] | CONTENT["validation"], "validation": {}},
+            {"c": "is not in the validation set"},
+        ),
+    ],
+)
+def test_changed_subjects_are_named(tmp_path, now, expected):
+    assert checkpoint.changed_subjects(tmp_path, now) == {}  # a run of the time before it was noted
+    checkpoint.write_json(tmp_path / "subjects.json", CONTENT)
+    assert checkpoint.check_subjects(tmp_path, now, accept=True) == expected
+    if expected:
+        with pytest.raises(InputError, match=f"--resume .*: {next(iter(expected))} .*--accept_changed_data"):
+            checkpoint.check_subjects(tmp_path, now, accept=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"train": [], "validation": {}}', '{"train": {"a": 3}, "validation": {}}']
+)
+def test_a_broken_note_of_the_subjects_is_one_line(tmp_path, text):
+    (tmp_path / "subjects.json").write_text(text)
+    with pytest.raises(InputError, match=r"subjects\.json: is broken"):
+        checkpoint.changed_subjects(tmp_path, CONTENT)

@@ -65,6 +65,72 @@ def test_ground_truth_is_not_the_image_beside_it_nor_the_prediction(tmp_path):
         find_pairs(prediction.parent, prediction.parent)
 
 
+def test_truths_among_the_predictions_are_left_out(tmp_path):
+    for name in ("a", "a_gt", "b_GT"):
+        write(tmp_path / "pred" / f"{name}.nii.gz", heart())
+    write(tmp_path / "gt" / "a_gt.nii.gz", heart())
+    found = find_pairs(tmp_path / "pred", tmp_path / "gt")
+    assert list(found.pairs) == ["a"] and len(found.left_out) == 2 and found.alone == []
+    assert found.notes() == ["left out: 2 files *_gt, which are ground truths by their names"]
+    (tmp_path / "pred" / "a.nii.gz").unlink()
+    with pytest.raises(InputError, match="no predictions"):
+        find_pairs(tmp_path / "pred", tmp_path / "gt")
+
+
+@pytest.mark.parametrize(
+    ("pred", "gt", "named"),
+    [
+        (("x.nii", "x.nii.gz"), ("x_gt.nii.gz",), "--pred: x"),
+        (("case_00010.nii.gz", "prediction_00010.nii"), ("case_00010.nii.gz",), "--pred: case_00010"),
+        (("x.nii.gz",), ("x_gt.nii.gz", "x_gt.nii"), "--gt: x"),
+        (("x.nii.gz",), ("x.nii.gz", "x.nii"), "--gt: x"),
+        (("case_00010.nii.gz",), ("case_00010/segmentation.nii", "data/case_00010/segmentation.nii.gz"), "--gt: case"),
+        (("case_00010.nii.gz",), ("case_00010/segmentation.nii", "case_00010/aggregated_MAJ_seg.nii"), "--gt: case"),
+        (("p_f.nii.gz",), ("p/p_f_gt.nii.gz", "p_f_gt.nii.gz"), "--gt: p_f"),
+    ],
+)
+def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path, pred, gt, named):
+    for folder, names in (("pred", pred), ("gt", gt)):
+        for name in names:
+            write(tmp_path / folder / name, heart())
+    with pytest.raises(InputError, match=f"^{named}.*: both .* and .* are there"):
+        find_pairs(tmp_path / "pred", tmp_path / "gt")
+
+
+@pytest.mark.parametrize(
+    "truths",
+    [
+        ("a_gt.nii.gz", "b_gt.nii", "b.nii.gz", "c_gt.nii.gz"),
+        ("a.nii.gz", "b.nii", "c.nii.gz"),
+        ("a/a_gt.nii.gz", "training/b/b_gt.nii", "testing/c/c_gt.nii.gz"),
+        ("a/segmentation.nii.gz", "data/b/aggregated_MAJ_seg.nii.gz", "dataset/c/segmentation.nii"),
+    ],
+)
+def test_truths_without_a_prediction_are_counted_and_named(tmp_path, truths):
+    write(tmp_path / "pred" / "a.nii.gz", heart())
+    for name in truths:
+        write(tmp_path / "gt" / name, heart())
+    assert find_pairs(tmp_path / "pred", tmp_path / "gt").notes() == [
+        "2 of 3 ground truths have no prediction and do not count: b, c"
+    ]
+
+
+def test_the_order_of_the_axes_does_not_matter(tmp_path):
+    """A prediction that is turned, and a truth whose axes are permuted: the same numbers as of files in one order."""
+    prediction, truth = write(tmp_path / "p.nii.gz", heart(moved=2)), write(tmp_path / "t.nii.gz", heart())
+    expected = evaluate_pair(prediction, truth, Rules(4))
+    assert expected["HD"][1:] == [3.0] * 3
+    for codes in ("LPS", "SAR", "PIL"):
+        for path in (prediction, truth):
+            image = nib.load(path)
+            turn = nib.orientations.ornt_transform(
+                nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes)
+            )
+            nib.save(image.as_reoriented(turn), tmp_path / f"{codes}-{path.name}")
+        assert evaluate_pair(tmp_path / f"{codes}-p.nii.gz", truth, Rules(4)) == expected
+        assert evaluate_pair(prediction, tmp_path / f"{codes}-t.nii.gz", Rules(4)) == expected
+
+
 def test_pairs_that_cannot_be_made(tmp_path):
     (tmp_path / "gt").mkdir()
     with pytest.raises(InputError, match="--pred .*predict first"):
