@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_table(results, dataset.class_names, summary))
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.output, results)
+            write_json(args.output, results, replace=args.overwrite)
         except OSError as error:
             raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
 

@@ -281,17 +281,17 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, damaged):
     assert "model or state of epoch 3 is damaged; continuing after epoch 2" in (tmp_path / "log1").read_text()
 
 
-def test_a_second_process_on_one_run_folder_waits(tmp_path, whole):
+def test_a_second_process_on_one_run_folder_is_refused(tmp_path, whole):
     go = tmp_path / "go"
     first = Script("train", whole.train(tmp_path), tmp_path / "log", Fault("epoch", 2, action="wait", path=go))
     first.wait_for("epoch 1/4 |")
     run = tmp_path / "unnamed" / "acdc" / "1"
     second = Script("train", ["--resume", run], tmp_path / "log2")
-    second.wait_for("another process works there")
+    assert second.end() == 2
+    assert f"{run}: another command is writing there; wait for its end" in second.text.splitlines()[-1]
+    assert "Traceback" not in second.text
     go.touch()
     assert first.end() == 0
-    assert second.end() == 2
-    assert "epoch 4 is finished" in second.text
     assert_same_run(run, whole)
 
 
