@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import math
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor, nn
 
 from lib.checkpoint import write_atomically
+from lib.checksum import file_digest
 from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, preprocess, read_image, to_original_grid
 from lib.stop import check_stopped
 
@@ -139,11 +141,14 @@ def on_grid_of(original: SpatialImage, data: np.ndarray) -> SpatialImage:
     return type(original)(data, original.affine, header)
 
 
-def save(image: SpatialImage, path: Path) -> None:
-    """Write a .nii.gz whole or not at all; the same image gives the same bytes."""
+def save(image: SpatialImage, path: Path, announce: Callable[[str], None] | None = None) -> None:
+    """Write a .nii.gz whole or not at all; the same image gives the same bytes. `announce` is told the SHA-256 of the
+    file before it takes its place."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
             image.to_stream(stream)
+        if announce:
+            announce(file_digest(temporary))
 
     write_atomically(path, write)

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -50,14 +50,22 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 def made(folder: Path) -> Iterator[None]:
     """Make `folder` if need be, and hold its lock; in the end take away again what was made and stayed empty.
 
-    Raises InputError where another process holds it, and OSError where it cannot be made.
+    Raises InputError where it cannot be made, or another process holds it.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
-            yield
-    finally:
-        with suppress(OSError):  # not empty
-            for place in missing:
-                place.rmdir()
+    with ExitStack() as held:
+        held.callback(_remove_empty, missing)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be made or written ({error.strerror}); give another --output"
+            ) from error
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # not empty
+        for folder in folders:
+            folder.rmdir()

@@ -17,6 +17,7 @@ from lib.inference import predict_file
 from lib.models import load_model
 from lib.models.nnUNet import nnUNet
 
+RECORDS = ["model.json", "predictions.json"]
 KEEP = Preprocessing(spacing_mm=(None, None, None))
 
 
@@ -76,7 +77,7 @@ def assert_refused(capsys, code, *words):
 def test_predict_writes_labels_probabilities_and_the_size_of_the_model(toy):
     assert toy.run("--probabilities") == 0
     suffixes = (".nii.gz", "_probabilities.nii.gz")
-    assert names(toy.out) == sorted([f"case{i}{suffix}" for i in (1, 2, 3) for suffix in suffixes] + ["model.json"])
+    assert names(toy.out) == sorted([f"case{i}{suffix}" for i in (1, 2, 3) for suffix in suffixes] + RECORDS)
     for name in names(toy.data):
         output = toy.out / f"{name.split('.')[0]}.nii.gz"
         assert_same_grid(output, toy.data / name)
@@ -120,11 +121,11 @@ def test_predictions_of_another_model_are_not_continued(toy, capsys):
 
 def test_input_takes_a_file_or_a_folder(toy, capsys):
     assert toy.run(source=("--input", str(toy.data / "case2.nii"))) == 0
-    assert names(toy.out) == ["case2.nii.gz", "model.json"]
+    assert names(toy.out) == ["case2.nii.gz", *RECORDS]
     (toy.data / "notes.txt").touch()
     (toy.data / "._case1.nii.gz").touch()  # what macOS leaves behind
     assert toy.run("--skip_existing", "--no_tta", "--batch_size", 1, source=("--input", str(toy.data))) == 0
-    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "case3.nii.gz", "model.json"]
+    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "case3.nii.gz", *RECORDS]
     capsys.readouterr()
     kept = (toy.data / "case1.nii.gz").read_bytes()
     code = toy.run("--overwrite", "--output", toy.data, source=("--input", str(toy.data)))
@@ -137,9 +138,9 @@ def test_input_in_the_data_sets_layout_is_named_by_its_ids(toy, tmp_path):
         (tmp_path / "nested" / case).mkdir(parents=True)
         write_image(tmp_path / "nested" / case / "image.nii", oblique())
     assert toy.run(source=("--input", str(tmp_path / "nested" / "case7" / "image.nii"))) == 0
-    assert names(toy.out) == ["case7.nii.gz", "model.json"]
+    assert names(toy.out) == ["case7.nii.gz", *RECORDS]
     assert toy.run("--skip_existing", source=("--input", str(tmp_path / "nested"))) == 0
-    assert names(toy.out) == ["case7.nii.gz", "case8.nii.gz", "model.json"]
+    assert names(toy.out) == ["case7.nii.gz", "case8.nii.gz", *RECORDS]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -151,13 +152,13 @@ def test_input_takes_the_images_of_one_subject_and_not_its_labels(toy, tmp_path,
     monkeypatch.chdir(subject)
     for source in (".", "image.nii") if inside else (subject, "../case7"):
         assert toy.run("--overwrite", source=("--input", str(source))) == 0
-        assert names(toy.out) == ["case7.nii.gz", "model.json"]
+        assert names(toy.out) == ["case7.nii.gz", *RECORDS]
 
 
 def test_challenge_names(toy, capsys, monkeypatch):
     assert toy.run("--challenge_names", "--probabilities") == 0
     predictions = [f"toy-00{case}{suffix}.nii.gz" for case in (1, 2, 3) for suffix in ("", "_probabilities")]
-    assert names(toy.out) == ["model.json", *predictions]
+    assert names(toy.out) == [*RECORDS, *predictions]
     write_image(toy.data / "case2_again.nii", oblique())
     capsys.readouterr()
     assert_refused(capsys, toy.run("--challenge_names", "--overwrite"), "case2_again.nii", "--challenge_names")
@@ -167,7 +168,7 @@ def test_challenge_names(toy, capsys, monkeypatch):
 
 def test_the_partition_is_that_of_the_run(toy):
     assert toy.run("--partition", "train") == 0  # seed_data 2 of config.json: the toy's first two
-    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "model.json"]
+    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", *RECORDS]
 
 
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(toy, capsys, tmp_path):
