@@ -79,7 +79,7 @@ def read_record(folder: Path) -> Record:
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}")
         _check(content)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); give another --output, or predict anew") from error
     files = {name: entries for name, entries in content["files"].items() if (folder / name).is_file()}
     record = Record(folder, content["job"], set(content["pending"]), content["jobs"], files)
@@ -90,7 +90,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _check(content: dict) -> None:
-    """Raise ValueError, KeyError or TypeError unless all that is used later is what `Record.write` writes."""
+    """Raise one of the errors of wrong types unless all that is used later is what `Record.write` writes."""
     jobs = content["jobs"]
     texts = [content["job"], *content["pending"]]
     for job in jobs.values():
