@@ -17,7 +17,6 @@ from lib.prediction import (
     begin,
     challenge_names,
     check_model,
-    check_output,
     choose_images,
     describe,
     describe_job,
@@ -137,7 +136,6 @@ def predict(args: argparse.Namespace) -> None:
 
 def run(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    check_output(args.output)
     with made(args.output):
         predict(args)
 

@@ -52,10 +52,9 @@ def made(folder: Path) -> Iterator[None]:
 
     Raises InputError where it cannot be made, or another process holds it.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as held:
-        held.callback(_remove_empty, missing)
         try:
+            held.callback(_remove_empty, [place for place in (folder, *folder.parents) if not place.exists()])
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(folder))
         except OSError as error:

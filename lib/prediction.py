@@ -1,7 +1,6 @@
 """What to predict, under which names, and with which model; and the folder that the predictions are written into."""
 
 import json
-import os
 import re
 from dataclasses import asdict
 from functools import partial
@@ -87,7 +86,7 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
             raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
         images = images or {file.id: file.image for file in dataset.find(source)}
-    what = f"{left_out} files *_gt or *_probabilities, which are no images"
+    what = f"{left_out} file{'s' * (left_out > 1)} *_gt or *_probabilities, which are no images"
     if not images:
         raise InputError(
             f"--input {source}: there is no image (.nii.gz or .nii) to predict" + (f", only {what}" if left_out else "")
@@ -118,13 +117,6 @@ def outputs_of(subject: str, folder: Path, probabilities: bool) -> list[Path]:
     """The files of one image, the labels last: where they are, the others are too."""
     names = [f"{subject}_probabilities.nii.gz"] * probabilities + [f"{subject}.nii.gz"]
     return [folder / name for name in names]
-
-
-def check_output(folder: Path) -> None:
-    """Raise InputError unless `folder` can be made, or written to."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output {folder}: cannot be made or written ({there} is no folder, or read-only)")
 
 
 def choose_images(

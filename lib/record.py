@@ -144,6 +144,7 @@ def check_others(record: Record, job: dict) -> None:
 
 def is_done(record: Record, job: dict, source: Path, outputs: Iterable[Path]) -> bool:
     """Whether the outputs of an image are there, made by this job from this image; not if it has to overwrite them.
+    Those that are there are pending no more.
 
     Raises InputError if one is there that was made from anything else, or changed since.
     """
@@ -152,6 +153,7 @@ def is_done(record: Record, job: dict, source: Path, outputs: Iterable[Path]) ->
     for output in there:
         entry = record.entry(output.name)
         if entry and entry["job"] == now and _is_same(entry["input"], source):
+            record.pending.discard(output.name)
             continue
         if record.job == now and output.name in record.pending:
             done = False
@@ -199,7 +201,7 @@ def mixed_jobs(folder: Path, names: Iterable[str]) -> str | None:
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         what = difference(record.jobs[one], record.jobs[other])
-        return f"{first} and {second} are not of one prediction (of the former {what})"
+        return f"{first} and {second} were not made alike (of the former: {what})"
     try:
         model = json.loads((folder / "model.json").read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
