@@ -59,7 +59,7 @@ def made(folder: Path) -> Iterator[None]:
             held.enter_context(locked(folder))
         except OSError as error:
             raise InputError(
-                f"{folder}: cannot be made or written ({error.strerror}); give another --output"
+                f"--output {folder}: cannot be made or written ({error.strerror}); give another"
             ) from error
         yield
 
