@@ -8,6 +8,7 @@ from pathlib import Path
 from lib.error import InputError
 from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
 from lib.metric import TOLERANCE_MM
+from lib.record import mixed_jobs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,11 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         found = find_pairs(args.pred, args.gt or own)
         rules = Rules(dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.regions)
         summary = read_model_summary(args.pred)
+        if mixed := mixed_jobs(args.pred, (prediction.name for prediction, _ in found.pairs.values())):
+            raise InputError(f"--pred {args.pred}: {mixed}; finish with predict.py --skip_existing, or --overwrite all")
         results = evaluate(found.pairs, rules, args.num_workers)
         print(format_table(results, dataset.class_names, summary))
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.output, results)
+            write_json(args.output, results, replace=args.overwrite)
         except OSError as error:
             raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
 

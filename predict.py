@@ -1,29 +1,33 @@
 """Predict labels with a trained model: one <id>.nii.gz per image, on the very grid of the original."""
 
 import argparse
-import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lib import published
-from lib.checkpoint import sweep, write_json
+from lib.checksum import is_listed
 from lib.data import DATASETS
-from lib.error import InputError
-from lib.inference import default_batch_size, predict_file, save
+from lib.data.nifti import scale_note
+from lib.inference import default_batch_size, predict_file
+from lib.lock import made
 from lib.memory import keep_freed_memory
 from lib.models import compile_model, load_model
 from lib.prediction import (
+    begin,
     challenge_names,
     check_model,
-    check_same_model,
     choose_images,
     describe,
+    describe_job,
     input_images,
     outputs_of,
     partition_images,
+    put,
 )
+from lib.record import identified, read_record
 from lib.stop import check_stopped
 from lib.utils import Parser, find_device, number, one_of, read_config, run_script
 
@@ -76,75 +80,73 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_config(model_state: Path) -> dict:
-    """The settings of the run that a model RUN/models/model-E belongs to; empty where there are none of ours."""
-    folder = model_state.resolve().parent
-    in_run = folder.name == "models" and (folder.parent / "config.json").exists()
-    return read_config(folder.parent) if in_run and published.read_config(folder.parent) is None else {}
+    """The settings of the run that a model RUN/models/model-E belongs to; empty where none of ours is known."""
+    path = model_state.resolve()
+    run = path.parent.parent
+    if path.parent.name != "models" or not (run / "config.json").exists() or not is_listed(path):
+        return {}
+    return read_config(run) if published.read_config(run) is None else {}
 
 
 def find_images(args: argparse.Namespace, config: dict) -> dict[str, Path]:
     """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
     dataset = DATASETS[args.data]
     if args.input is None:
-        settings = {key: config[key] for key in ("split", "seed_data") if key in config}
-        images = partition_images(dataset(data_path=args.original, **settings), args.partition)
+        images = partition_images(dataset, args.original, args.partition, config, args.model_state)
     else:
         images = input_images(args.input, dataset)
     return challenge_names(images, dataset) if args.challenge_names else images
 
 
-def check_output(folder: Path) -> None:
-    """Raise InputError unless `folder` can be made, or written to."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output {folder}: cannot be made or written ({there} is no folder, or read-only)")
-
-
-def make_output(folder: Path) -> None:
-    """Make the folder of the predictions, or clear it of what a killed process left. Raises InputError if neither."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be made a folder ({error.strerror})") from error
-
-
 def predict(args: argparse.Namespace) -> None:
     config = run_config(args.model_state)
-    dataset = DATASETS[args.data]
+    dataset, tta = DATASETS[args.data], not args.no_tta
     patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
-    check_output(args.output)
     device = find_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_model(args.model_state, device, args.in_filters, args.out_filters)
+    with identified(args.model_state) as source:
+        model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
     images = find_images(args, config)
-    images = choose_images(images, args.output, args.probabilities, args.skip_existing, args.overwrite)
-    if args.skip_existing:
-        check_same_model(args.output, args.model_state)
+    job = describe_job(source, dataset, patch_size, tta, args.amp)
+    record = read_record(args.output)
+    images = choose_images(images, record, job, args.probabilities, args.skip_existing, args.overwrite)
     if args.compile:
         compile_model(model, device)
     batch_size = args.batch_size or default_batch_size(model.dim, device)
 
-    description = describe(model, args.model_state, dataset, patch_size, config)
+    start = partial(
+        begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, config)
+    )
+    noted = None  # the first image whose header disagrees with itself
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
         check_stopped()
         prediction = predict_file(
-            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities, args.amp
+            model, path, dataset.preprocessing, patch_size, tta, batch_size, args.probabilities, args.amp
         )
         if i == 0:  # a first image that is bad leaves nothing behind
-            make_output(args.output)
-            write_json(args.output / "model.json", description)
+            start()
+        if not noted and (noted := scale_note([path])):
+            tqdm.write(noted)
         *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
-            save(prediction.probabilities, prediction.header, output)
-        save(prediction.labels, prediction.header, labels)
+            put(prediction.probabilities, prediction, output, record)
+        put(prediction.labels, prediction, labels, record)
+    if not images:
+        start()
+    record.write()
+
+
+def run(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    with made(args.output):
+        predict(args)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Predict as `argv` says; returns the exit code of `run_script`."""
-    return run_script(lambda: predict(parse_arguments(argv)), "what is written is whole; go on with --skip_existing")
+    return run_script(lambda: run(argv), "what is written is whole; go on with --skip_existing")
 
 
 if __name__ == "__main__":

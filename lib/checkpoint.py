@@ -5,10 +5,13 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.optim import Optimizer
@@ -18,6 +21,11 @@ from lib.error import InputError
 from lib.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 STATE_TYPES = {
     "epoch": int,
@@ -31,7 +39,7 @@ STATE_TYPES = {
 }
 SUBJECTS = "subjects.json"  # what a run trains and validates with
 SAVED = re.compile(r"(?:model|state)-(\d+)")
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
 
 @dataclass
@@ -142,48 +150,59 @@ def starting_point(
     return epoch, source, read_training(run / "models" / f"state-{epoch}")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
+def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
+    """Have `write` fill a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
 
-    Raises InputError, which names the path and the reason, if that fails.
+    Raises InputError, which names the path and the reason, if that fails; without `replace` also where `path` exists.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with closing(_open_temporary(path)) as held:
+            temporary = Path(held.name)
+            try:
+                write(temporary)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                if not replace:
+                    path.touch(exist_ok=False)  # of two processes one succeeds
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"{path}: exists already; give --overwrite or another --output") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def _open_temporary(path: Path) -> BinaryIO:
+    """Make a hidden file beside `path`, and lock it, which tells `sweep` that it is in use: process numbers do not, in
+    another container."""
+    while True:
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115 (the caller does)
+        if fcntl is None:
+            file.close()  # Windows renames no open file
+            return file
+        with suppress(OSError):  # a file system without locks, where `sweep` gets none either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):
+            return file
+        file.close()  # `sweep` had it before it was locked
+
+
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed processes have left."""
-    for path in folder.iterdir():
-        match = TEMPORARY.fullmatch(path.name)
-        if match and not _is_running(int(match[1])):
-            path.unlink(missing_ok=True)
+    """Delete the temporary files that killed processes have left: those that nobody has locked."""
+    for path in folder.iterdir() if fcntl is not None else ():
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            with suppress(OSError), open(path, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's, or no process id
-        return True
-    return True
+def write_text(path: Path, text: str, **replace: bool) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text), **replace)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, content: object, **replace: bool) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", **replace)
 
 
 def save_checked(folder: Path, contents: dict[str, object], obsolete: Iterable[Path] = ()) -> None:

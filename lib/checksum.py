@@ -37,6 +37,11 @@ def format_sums(sums: dict[str, list[str]]) -> str:
     return "".join(f"{sum_}  {name}\n" for name in sorted(sums) for sum_ in dict.fromkeys(sums[name]))
 
 
+def is_listed(path: Path) -> bool:
+    """Whether a file has a sum, or there are none in its folder: not where it was put among files of another origin."""
+    return not (path.parent / SUMS).exists() or path.name in read_sums(path.parent)
+
+
 def is_good(path: Path) -> bool:
     """Whether the file can be read and has its sum, if there is one."""
     try:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchio as tio
 from torch import Tensor, nn
 
 from lib.checkpoint import write_atomically
+from lib.checksum import file_digest
 from lib.data import nifti
 from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, in_own_frame, preprocess, to_original_grid
 from lib.stop import check_stopped
@@ -23,7 +25,7 @@ class Prediction(NamedTuple):
     labels: np.ndarray  # (X, Y, Z) uint8, in the order of the file
     probabilities: np.ndarray | None  # (X, Y, Z, n_classes) float32, likewise
     header: nib.Nifti1Header  # of the image
-    sha256: str  # of the image's bytes
+    source: dict  # what says which file the image was: as `lib.record.source_identity`
 
 
 def axis_windows(size: int, patch: int) -> list[tuple[slice, Tensor]]:
@@ -128,10 +130,20 @@ def predict_file(
         labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
         if kept is not None:
             kept[slab] = part.movedim(0, -1)
+    source = {"path": str(Path(path).resolve()), "size": original.n_bytes, "sha256": original.sha256}
     stored = partial(nifti.in_stored_order, geometry=original.geometry, codes=preprocessing.orientation)
-    return Prediction(stored(labels), None if kept is None else stored(kept), original.header, original.sha256)
+    return Prediction(stored(labels), None if kept is None else stored(kept), original.header, source)
 
 
-def save(array: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
-    """Write labels or probabilities as .nii.gz, whole or not at all; the same array gives the same bytes."""
-    write_atomically(path, lambda temporary: nifti.write(temporary, array, header))
+def save(
+    array: np.ndarray, header: nib.Nifti1Header, path: Path, announce: Callable[[str], None] | None = None
+) -> None:
+    """Write labels or probabilities as .nii.gz, whole or not at all; the same array gives the same bytes. `announce` is
+    told the SHA-256 of the file before it takes its place."""
+
+    def write(temporary: Path) -> None:
+        nifti.write(temporary, array, header)
+        if announce:
+            announce(file_digest(temporary))
+
+    write_atomically(path, write)

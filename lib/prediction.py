@@ -1,15 +1,26 @@
-"""What to predict, under which names, and with which model: everything that predict.py checks before it starts."""
+"""What to predict, under which names, and with which model; and the folder that the predictions are written into."""
 
 import json
 import re
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
+from lib.checkpoint import sweep, write_json
 from lib.data.BaseDataset import BaseDataset
+from lib.data.nifti import stem
 from lib.error import InputError
+from lib.inference import Prediction, save
 from lib.models import summary
 from lib.models.nnUNet import nnUNet
+from lib.record import Record, check_others, is_done
 
-SUFFIXES = (".nii.gz", ".nii")
+NO_IMAGES = ("_gt", "_probabilities")  # ends of the names of what may lie among images
+DEFAULT_SEED = 42  # of the split, as in training
+METHOD = 1  # raise it whenever the same job gives other predictions of the same image
 
 
 def check_model(model: nnUNet, source: Path, dataset: type[BaseDataset], patch_size: tuple[int, ...]) -> None:
@@ -26,9 +37,24 @@ def check_model(model: nnUNet, source: Path, dataset: type[BaseDataset], patch_s
         )
 
 
-def partition_images(dataset: BaseDataset, partition: str) -> dict[str, Path]:
-    """The images of "train", "validation" or "test", by id. Raises InputError if there are none."""
-    images = {file.id: file.image for file in dataset.files(partition)}
+def partition_images(
+    dataset: type[BaseDataset], folder: Path | None, partition: str, config: dict, source: Path
+) -> dict[str, Path]:
+    """The images of "train", "validation" or "test" in the data set's `folder`, by id; `config` has the settings of the
+    run of the model `source`.
+
+    Raises InputError if there are none. Without a run it is not known what the model was trained on: the test set is
+    then that of the default seed, which a line says, and the others are refused.
+    """
+    if not config and partition != "test":
+        raise InputError(
+            f"--partition {partition}: the run of {source}, and so its split, is not known; give the model inside its "
+            "run folder, or --input"
+        )
+    settings = {"seed_data": DEFAULT_SEED} | {key: config[key] for key in ("split", "seed_data") if key in config}
+    if not config:
+        tqdm.write(f"the run of {source} is not known: predicting the test set of seed {DEFAULT_SEED}")
+    images = {file.id: file.image for file in dataset(data_path=folder, **settings).files(partition)}
     if not images:
         raise InputError(f"--partition {partition} of {dataset.name}: there is no image on disk to predict")
     return images
@@ -36,7 +62,8 @@ def partition_images(dataset: BaseDataset, partition: str) -> dict[str, Path]:
 
 def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
     """The image `source`, or those in this folder, by name. One of the data set's own images is called by its id, and
-    of a folder in the data set's layout, or of one of its subjects, only these are taken.
+    of a folder in the data set's layout, or of one of its subjects, only these are taken. Of a folder the ground truths
+    and probabilities are left out, and a line says so.
 
     Raises InputError if there are none, or two have one name.
     """
@@ -47,15 +74,24 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
     own = {file.id: file.image for file in dataset.find(place.parent) if source in (file.image, file.image.parent)}
     if own:
         return own
-    images = {}
+    images, left_out = {}, 0
     for path in sorted(source.iterdir()) if source.is_dir() else [source]:
-        suffix = next((s for s in SUFFIXES if path.name.endswith(s) and not path.name.startswith(".")), None)
-        if suffix and images.setdefault(path.name.removesuffix(suffix), path) != path:
+        name = stem(path)
+        if name is None:
+            continue
+        if source.is_dir() and name.lower().endswith(NO_IMAGES):
+            left_out += 1
+        elif images.setdefault(name, path) != path:
             raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
         images = images or {file.id: file.image for file in dataset.find(source)}
+    what = f"{left_out} file{'s' * (left_out > 1)} *_gt or *_probabilities, which are no images"
     if not images:
-        raise InputError(f"--input {source}: there is no image (.nii.gz or .nii) to predict")
+        raise InputError(
+            f"--input {source}: there is no image (.nii.gz or .nii) to predict" + (f", only {what}" if left_out else "")
+        )
+    if left_out:
+        tqdm.write(f"--input {source}: leaves out {what}")
     return images
 
 
@@ -82,42 +118,67 @@ def outputs_of(subject: str, folder: Path, probabilities: bool) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_same_model(folder: Path, source: Path) -> None:
-    """Raise InputError if the predictions in `folder` come from another model than that of the file `source`."""
-    try:
-        other = json.loads((folder / "model.json").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # not known
-    if other != str(source.resolve()):
-        raise InputError(f"{folder}: holds predictions of {other}; give --overwrite or another --output")
-
-
 def choose_images(
-    images: dict[str, Path], folder: Path, probabilities: bool, skip_existing: bool, overwrite: bool
+    images: dict[str, Path], record: Record, job: dict, probabilities: bool, skip_existing: bool, overwrite: bool
 ) -> dict[str, Path]:
-    """The images still to be predicted into `folder`. Raises InputError rather than replace anything unasked."""
+    """The images still to be predicted into the folder of `record`.
+
+    Raises InputError rather than replace anything unasked, or leave there what `job` would not have made.
+    """
     originals = {path.resolve() for path in images.values()}
-    outputs = {subject: outputs_of(subject, folder, probabilities) for subject in images}
+    outputs = {subject: outputs_of(subject, record.folder, probabilities) for subject in images}
     for path in (path for paths in outputs.values() for path in paths):
         if path.resolve() in originals:
             raise InputError(f"{path}: would replace an image that is to be predicted; give another --output")
         if path.exists() and not (skip_existing or overwrite):
             raise InputError(f"{path}: exists already; give --skip_existing, --overwrite or another --output")
+    if any(path.parent.resolve() == record.folder.resolve() for path in images.values()):
+        raise InputError(f"--output {record.folder}: is the folder of the images; give another --output")
+    if not overwrite:
+        check_others(record, job)
     if skip_existing:
-        return {s: path for s, path in images.items() if not all(output.exists() for output in outputs[s])}
+        return {subject: path for subject, path in images.items() if not is_done(record, job, path, outputs[subject])}
     return images
 
 
+def begin(record: Record, job: dict, images: dict[str, Path], probabilities: bool, description: dict) -> None:
+    """Clear the folder of what killed processes left, describe the model in it, and note what is overwritten."""
+    sweep(record.folder)
+    outputs = [output for subject in images for output in outputs_of(subject, record.folder, probabilities)]
+    record.begin(job, [output.name for output in outputs if output.exists()])
+    write_json(record.folder / "model.json", description)
+
+
+def put(array: np.ndarray, prediction: Prediction, output: Path, record: Record) -> None:
+    """Write labels or probabilities of a prediction; whenever the process ends, the record knows what stands there."""
+    save(array, prediction.header, output, partial(record.announce, output.name, prediction.source))
+    record.replaced(output.name)
+
+
+def describe_job(source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], tta: bool, amp: bool) -> dict:
+    """All but the image that a prediction depends on, as it is written to the record; `source` is the model."""
+    return {
+        "method": METHOD,
+        "model": {"path": source["path"], "sha256": source["sha256"]},
+        "data": dataset.name,
+        "preprocessing": json.loads(json.dumps(asdict(dataset.preprocessing))),
+        "patch_size": list(patch_size),
+        "tta": tta,
+        "amp": amp,
+    }
+
+
 def describe(
-    model: nnUNet, source: Path, dataset: type[BaseDataset], patch_size: tuple[int, ...], config: dict
+    model: nnUNet, source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], config: dict
 ) -> dict:
     """What model.json says: the model, and its size before and after pruning (null where the former is unknown).
 
-    `config` has the settings of the model's run; where they are missing, those of the data set count.
+    `source` is the model's file. `config` has the settings of its run; where they are missing, those of the data set
+    count.
     """
     now, unpruned = summary(model, patch_size), {}
     if model.levels == config.get("levels", dataset.defaults["levels"]):
         fms_init = config.get("fms_init", dataset.defaults["fms_init"])
         unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, dim=model.dim), patch_size)
     sizes = {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
-    return {"model": str(source.resolve()), "data": dataset.name, **sizes}
+    return {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}

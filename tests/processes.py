@@ -21,7 +21,7 @@ TARGETS = {
     "validation": ("lib.trainer", "validate"),
     "checkpoint": ("lib.checkpoint", "save"),
     "prediction": ("predict", "predict_file"),
-    "writing": ("predict", "save"),
+    "writing": ("lib.prediction", "save"),
 }
 
 

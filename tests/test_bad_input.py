@@ -23,6 +23,7 @@ from lib.filters import read_filters
 from lib.models import load_model
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
+from lib.record import mixed_jobs, read_record
 from lib.utils import _parser, read_config
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "16", "16", "--num_workers", "0", "--device", "cpu"]
@@ -366,6 +367,7 @@ READERS = {
     "filters": [read_filters],
     "config.json": [lambda path: read_config(path.parent)],
     "model.json": [lambda path: read_model_summary(path.parent)],
+    "predictions.json": [lambda path: read_record(path.parent), lambda path: mixed_jobs(path.parent, ["image.nii"])],
     "SHA256SUMS": [lambda path: checkpoint.checksum.read_sums(path.parent)],
 }
 
@@ -437,9 +439,14 @@ def test_a_model_with_some_other_tensor(tmp_path, place, kind):
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.json"])
+@pytest.mark.parametrize("name", ["config.json", "model.json", "predictions.json"])
 @FUZZ
-@given(content=st.dictionaries(st.sampled_from(["data", "lr", "epochs", "patch_size", "exp_name", "flops"]), VALUES))
+@given(
+    content=st.dictionaries(
+        st.sampled_from(["data", "lr", "epochs", "patch_size", "exp_name", "flops", "job", "jobs", "pending", "files"]),
+        VALUES,
+    )
+)
 def test_random_json(tmp_path, name, content):
-    (tmp_path / name).write_text(json.dumps({"data": "acdc"} | content))
+    (tmp_path / name).write_text(json.dumps({"data": "acdc", "version": 1} | content))
     read_all(tmp_path / name)

@@ -20,6 +20,7 @@ from processes import PATIENCE, Fault, Script, wait_until
 import predict
 import train
 from lib.data import DATASETS
+from lib.record import mixed_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
@@ -62,6 +63,10 @@ def whole(tmp_path_factory):
     run = folder / "unnamed" / "acdc" / "1"
     assert json.loads((run / "history.json").read_text())["filters"][-1] < 92  # some were pruned
     return SimpleNamespace(folder=folder, train=train_argv, predict=predict_argv, seconds=seconds, run=run)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def weights(run, epoch=EPOCHS):
@@ -120,8 +125,7 @@ def kill_prediction(tmp_path, whole, target, seed):
 def assert_prediction_continues(tmp_path, whole):
     script = Script("predict", whole.predict(tmp_path / "out", "--skip_existing"), tmp_path / "log")
     assert script.end() == 0, script.text
-    files = [{p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "out", whole.folder / "out")]
-    assert files[0] == files[1]
+    assert contents(tmp_path / "out") == contents(whole.folder / "out")
 
 
 @pytest.mark.parametrize(("target", "seed"), [("prepare", 0), ("epoch", 0), ("epoch", 1), ("checkpoint", 0)])
@@ -281,18 +285,52 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, damaged):
     assert "model or state of epoch 3 is damaged; continuing after epoch 2" in (tmp_path / "log1").read_text()
 
 
-def test_a_second_process_on_one_run_folder_waits(tmp_path, whole):
+def test_a_second_process_on_one_run_folder_is_refused(tmp_path, whole):
     go = tmp_path / "go"
     first = Script("train", whole.train(tmp_path), tmp_path / "log", Fault("epoch", 2, action="wait", path=go))
     first.wait_for("epoch 1/4 |")
     run = tmp_path / "unnamed" / "acdc" / "1"
     second = Script("train", ["--resume", run], tmp_path / "log2")
-    second.wait_for("another process works there")
+    assert second.end() == 2
+    assert f"{run}: another command is writing there; wait for its end" in second.text.splitlines()[-1]
+    assert "Traceback" not in second.text
     go.touch()
     assert first.end() == 0
-    assert second.end() == 2
-    assert "epoch 4 is finished" in second.text
     assert_same_run(run, whole)
+
+
+def test_a_killed_training_with_workers_leaves_no_lock(tmp_path, whole):
+    """The workers, which live on for a moment, do not hold it."""
+    fault = Fault("epoch", 2, whole.seconds["epoch"] / 2)
+    killed = Script("train", whole.train(tmp_path, "--num_workers", 2), tmp_path / "log", fault)
+    assert killed.end() == -signal.SIGKILL, killed.text
+    assert_same_run(continue_training(tmp_path, whole), whole)
+
+
+def test_a_second_prediction_into_one_folder_is_refused(tmp_path, whole):
+    go, out = tmp_path / "go", tmp_path / "out"
+    first = Script("predict", whole.predict(out), tmp_path / "log", Fault("prediction", 2, action="wait", path=go))
+    wait_until(lambda: list(out.glob("*.nii.gz")) or not first.process.is_alive())
+    other = ["--model_state", whole.run / "models" / f"model-{EPOCHS - 1}"]
+    for flag in ("--skip_existing", "--overwrite"):
+        second = Script("predict", whole.predict(out, *other, flag), tmp_path / "log2")
+        assert second.end() == 2
+        assert f"{out}: another command is writing there; wait for its end" in second.text.splitlines()[-1]
+    go.touch()
+    assert first.end() == 0, first.text
+    assert contents(out) == contents(whole.folder / "out")
+
+
+def test_of_two_predictions_that_start_at_once_one_works(tmp_path, whole):
+    models = [whole.run / "models" / f"model-{epoch}" for epoch in (EPOCHS, EPOCHS - 1)]
+    argv = [whole.predict(tmp_path / "new" / "out", "--model_state", model) for model in models]
+    scripts = [Script("predict", argv[i], tmp_path / f"log{i}") for i in range(2)]
+    codes = [script.end() for script in scripts]
+    assert sorted(codes) == [0, 2], [script.text for script in scripts]
+    model = models[codes.index(0)]
+    assert json.loads((tmp_path / "new" / "out" / "model.json").read_text())["model"] == str(model)
+    assert mixed_jobs(tmp_path / "new" / "out", contents(whole.folder / "out")) is None
+    assert len(contents(tmp_path / "new" / "out")) == len(contents(whole.folder / "out"))
 
 
 def test_two_processes_that_start_at_once_share_the_cache_and_take_two_run_folders(tmp_path, whole):

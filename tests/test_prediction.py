@@ -1,6 +1,9 @@
 """predict.py: what is predicted, under which names, and what is refused."""
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +13,16 @@ import pytest
 import torch
 from niftis import assert_same_grid, oblique, oriented, write_image
 
+import lib.prediction
 import predict
 from lib.data import DATASETS
 from lib.data.preprocessing import Preprocessing
 from lib.inference import predict_file
 from lib.models import load_model
 from lib.models.nnUNet import nnUNet
+from lib.record import mixed_jobs
 
+RECORDS = ["model.json", "predictions.json"]
 KEEP = Preprocessing(spacing_mm=(None, None, None))
 
 
@@ -76,7 +82,7 @@ def assert_refused(capsys, code, *words):
 def test_predict_writes_labels_probabilities_and_the_size_of_the_model(toy):
     assert toy.run("--probabilities") == 0
     suffixes = (".nii.gz", "_probabilities.nii.gz")
-    assert names(toy.out) == sorted([f"case{i}{suffix}" for i in (1, 2, 3) for suffix in suffixes] + ["model.json"])
+    assert names(toy.out) == sorted([f"case{i}{suffix}" for i in (1, 2, 3) for suffix in suffixes] + RECORDS)
     for name in names(toy.data):
         output = toy.out / f"{name.split('.')[0]}.nii.gz"
         assert_same_grid(output, toy.data / name)
@@ -97,34 +103,273 @@ def test_predict_writes_labels_probabilities_and_the_size_of_the_model(toy):
     assert content["filters"]["unpruned"] - content["filters"]["now"] == 2
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def predictions(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("case*")}
+
+
+@pytest.fixture
+def other(toy, tmp_path):
+    """Another model in the same run, and its predictions of the three images."""
+    torch.manual_seed(1)
+    model = nnUNet(1, 2, 4, 3)
+    model.initialize()
+    path = toy.model.with_name("model-2")
+    torch.save(model.state_dict(), path)
+    assert toy.run("--model_state", path, "--output", tmp_path / "others") == 0
+    folder = tmp_path / "others"
+    return SimpleNamespace(model=path, predictions=predictions(folder), contents=contents(folder))
+
+
 def test_an_interrupted_prediction_is_finished(toy, capsys):
     assert toy.run() == 0
-    whole = {name: (toy.out / name).read_bytes() for name in names(toy.out)}
+    whole = contents(toy.out)
     (toy.out / "case2.nii.gz").unlink()
-    (toy.out / "case1.nii.gz").write_bytes(b"kept")
+    kept = (toy.out / "case1.nii.gz").stat().st_mtime_ns
     assert toy.run("--skip_existing") == 0
-    assert {n: (toy.out / n).read_bytes() for n in names(toy.out)} == whole | {"case1.nii.gz": b"kept"}
+    assert contents(toy.out) == whole
+    assert (toy.out / "case1.nii.gz").stat().st_mtime_ns == kept
     capsys.readouterr()
     assert_refused(capsys, toy.run(), toy.out / "case1.nii.gz", "--skip_existing", "--overwrite")
+    (toy.out / "case1.nii.gz").write_bytes(b"by hand")
+    (toy.out / "case3.nii.gz").unlink()
+    assert_refused(capsys, toy.run("--skip_existing"), toy.out / "case1.nii.gz", "--overwrite")
+    assert (toy.out / "case1.nii.gz").read_bytes() == b"by hand"
     assert toy.run("--overwrite") == 0
-    assert {n: (toy.out / n).read_bytes() for n in names(toy.out)} == whole
+    assert contents(toy.out) == whole
 
 
-def test_predictions_of_another_model_are_not_continued(toy, capsys):
+def test_labels_without_probabilities_are_completed(toy):
     assert toy.run() == 0
-    other = toy.model.with_name("model-2")
-    other.write_bytes(toy.model.read_bytes())
+    assert toy.run("--skip_existing", "--probabilities") == 0
+    assert len(predictions(toy.out)) == 6
+    (toy.out / "case2_probabilities.nii.gz").write_bytes(b"by hand")
+    assert toy.run("--skip_existing", "--probabilities") == 2
+
+
+def die(*_):
+    raise KeyboardInterrupt
+
+
+def stop_at_the_third(toy, monkeypatch, how):
+    """Have what comes next end in this way when it is at the third image; returns what mends it."""
+    if how == "signal":
+        calls = iter(range(100))
+        monkeypatch.setattr(predict, "check_stopped", lambda: next(calls) == 2 and predict.sys.exit(143))
+    elif how == "damaged image":
+        good = (toy.data / "case3.nii.gz").read_bytes()
+        (toy.data / "case3.nii.gz").write_bytes(good[:100])
+        return lambda: (toy.data / "case3.nii.gz").write_bytes(good)
+    elif how == "killed before the rename":
+        replace = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: die() if Path(b).name == "case3.nii.gz" else replace(a, b))
+    else:
+        put = lib.prediction.save
+        monkeypatch.setattr(lib.prediction, "save", lambda i, p, n: (put(i, p, n), die() if "case3" in p.name else 0))
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("how", ["signal", "damaged image", "killed before the rename", "killed after the rename"])
+def test_a_stopped_overwrite_is_finished_with_one_model(toy, other, how, capsys):
+    assert toy.run() == 0
+    before = predictions(toy.out)
+    assert all(before[name] != content for name, content in other.predictions.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "toy", Toy)
+        mend = stop_at_the_third(toy, patch, how)
+        try:
+            assert toy.run("--overwrite", "--model_state", other.model) == 2
+        except (KeyboardInterrupt, SystemExit):
+            assert how != "damaged image"
+        mend()
+    assert predictions(toy.out)["case2.nii.gz"] == other.predictions["case2.nii.gz"]
+    if how != "killed after the rename":
+        assert predictions(toy.out)["case3.nii.gz"] == before["case3.nii.gz"]
+        assert "model" in mixed_jobs(toy.out, before)
     capsys.readouterr()
-    assert_refused(capsys, toy.run("--skip_existing", "--model_state", other), "model-1")
+    assert_refused(capsys, toy.run("--skip_existing"), toy.out, "model-2", "--overwrite")
+    assert toy.run("--skip_existing", "--model_state", other.model) == 0
+    assert contents(toy.out) == other.contents  # the records, too
+    assert mixed_jobs(toy.out, before) is None
+    (toy.out / "case1.nii.gz").write_bytes(before["case1.nii.gz"])  # the overwriting has ended
+    capsys.readouterr()
+    assert_refused(capsys, toy.run("--skip_existing", "--model_state", other.model), toy.out / "case1.nii.gz")
+
+
+def test_a_stopped_overwrite_replaces_only_what_it_was_to_replace(toy, other, capsys):
+    assert toy.run() == 0
+    before = predictions(toy.out)
+    one = ("--input", str(toy.data / "case1.nii.gz"))
+    assert toy.run("--overwrite", "--model_state", other.model, source=one) == 0
+    now = before | {"case1.nii.gz": other.predictions["case1.nii.gz"]}
+    assert predictions(toy.out) == now
+    assert "case1.nii.gz" in mixed_jobs(toy.out, now) and mixed_jobs(toy.out, ["case1.nii.gz"]) is None
+    capsys.readouterr()
+    code = toy.run("--skip_existing", "--model_state", other.model)
+    assert_refused(capsys, code, toy.out / "case2.nii.gz", "model-1", "--overwrite")
+    assert predictions(toy.out) == now
+    assert toy.run("--skip_existing", "--model_state", other.model, source=one) == 0
+
+
+def test_what_is_as_it_was_is_continued_wherever_it_lies(toy, tmp_path):
+    assert toy.run("--no_tta") == 0
+    whole = predictions(toy.out)
+    (toy.out / "case2.nii.gz").unlink()
+    moved = shutil.copytree(toy.data, tmp_path / "moved")  # with other times
+    (tmp_path / "models").mkdir()
+    model = shutil.copy(toy.model, tmp_path / "models" / "copy")
+    argv = ["--skip_existing", "--no_tta", "--model_state", model, "--patch_size", 8, 16, "--batch_size", 1]
+    assert toy.run(*argv, source=("--input", str(moved))) == 0
+    assert predictions(toy.out) == whole
+    assert mixed_jobs(toy.out, whole) is None
+
+
+CHANGES = {
+    "another model": (["--model_state", "{}/model-2"], ["model-1"]),
+    "another model at the same place": ([], ["model was another one"]),
+    "--patch_size": (["--patch_size", 16, 16], ["--patch_size was 8 16"]),
+    "--no_tta": (["--no_tta"], ["--no_tta was not given"]),
+    "--amp": (["--amp"], ["--amp was not given"]),
+    "another image": ([], ["case1.nii.gz: is not the image that"]),
+    "other preprocessing": ([], ["preprocessing was another one"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_made_from_something_else_is_not_continued(toy, other, change, capsys, monkeypatch):
+    argv, words = CHANGES[change]
+    assert toy.run() == 0
+    for case in (2, 3):
+        (toy.out / f"case{case}.nii.gz").unlink()
+    if change == "another model at the same place":
+        toy.model.write_bytes(other.model.read_bytes())
+    elif change == "another image":  # of the same size, too
+        write_image(toy.data / "case1.nii.gz", oblique(), dtype=np.uint16)
+    elif change == "other preprocessing":
+        monkeypatch.setattr(Toy, "preprocessing", Preprocessing(spacing_mm=(1.5, None, None)))
+    argv = [str(part).format(toy.model.parent) for part in argv]
+    before = contents(toy.out)
+    capsys.readouterr()
+    assert_refused(capsys, toy.run("--skip_existing", *argv), *words, "--overwrite", "--output")
+    assert contents(toy.out) == before
+    if change != "another image":  # nor is the folder filled up with it
+        assert_refused(capsys, toy.run(*argv, "--input", toy.data / "case2.nii", source=()), *words, "--overwrite")
+        assert contents(toy.out) == before
+    assert toy.run("--overwrite", *argv) == 0
+    assert toy.run("--skip_existing", *argv) == 0
+
+
+def test_predictions_of_an_older_version_are_not_continued(toy, capsys):
+    assert toy.run() == 0
+    (toy.out / "predictions.json").unlink()
+    (toy.out / "case2.nii.gz").unlink()
+    before = contents(toy.out)
+    for argv in (["--skip_existing"], ["--input", toy.data / "case2.nii"]):
+        capsys.readouterr()
+        assert_refused(capsys, toy.run(*argv), toy.out, "predictions.json", "--overwrite", "--output")
+        assert contents(toy.out) == before
+    assert toy.run("--overwrite") == 0
+    assert toy.run("--skip_existing") == 0
+
+
+def test_when_all_predictions_are_deleted_another_model_can_follow(toy, other):
+    assert toy.run() == 0
+    for path in toy.out.glob("case*"):
+        path.unlink()
+    assert toy.run("--model_state", other.model) == 0
+    assert predictions(toy.out) == other.predictions
+
+
+@pytest.mark.parametrize("what", ["image", "model"])
+def test_what_changes_while_it_is_read_is_not_predicted(toy, what, capsys, monkeypatch):
+    path, name = {"image": (toy.data / "case1.nii.gz", "predict_file"), "model": (toy.model, "load_model")}[what]
+    read = getattr(predict, name)
+
+    def read_and_change(*args, **kwargs):
+        result = read(*args, **kwargs)
+        path.write_bytes(path.read_bytes() + bytes(8))
+        return result
+
+    monkeypatch.setattr(predict, name, read_and_change)
+    code = toy.run()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and f"{path}: changed while it was read" in error
+    assert not toy.out.exists()
+
+
+def test_a_damaged_record_is_refused(toy, capsys):
+    assert toy.run() == 0
+    good = json.loads((toy.out / "predictions.json").read_text())
+    (toy.out / "case2.nii.gz").unlink()
+    for bad in (
+        b"",
+        b"[]",
+        b"{}",
+        json.dumps(good | {"version": 2}).encode(),
+        json.dumps(good | {"jobs": {}}).encode(),
+    ):
+        (toy.out / "predictions.json").write_bytes(bad)
+        capsys.readouterr()
+        assert_refused(capsys, toy.run("--skip_existing"), toy.out / "predictions.json")
+        assert not (toy.out / "case2.nii.gz").exists()
+
+
+def test_the_folder_of_the_images_is_no_output(toy, capsys):
+    before = contents(toy.data)
+    for source in (toy.data, toy.data / "case2.nii"):
+        code = toy.run("--skip_existing", "--output", toy.data, source=("--input", str(source)))
+        assert_refused(capsys, code, "--output")
+    assert contents(toy.data) == before
+
+
+def test_truths_and_probabilities_among_the_images_are_left_out(toy, capsys):
+    for name in ("case1_gt.nii.gz", "case2_GT.nii", "case3_gt.nii", "case3_probabilities.nii.gz"):
+        write_image(toy.data / name, oblique())
+    assert toy.run(source=("--input", str(toy.data))) == 0
+    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "case3.nii.gz", *RECORDS]
+    assert capsys.readouterr().out.count(f"--input {toy.data}: leaves out 4 files *_gt or *_probabilities") == 1
+    assert toy.run("--skip_existing", source=("--input", str(toy.data / "case1_gt.nii.gz"))) == 0
+    assert "case1_gt.nii.gz" in names(toy.out)
+
+
+def test_a_folder_of_truths_alone_is_refused(toy, tmp_path, capsys):
+    (tmp_path / "truths").mkdir()
+    write_image(tmp_path / "truths" / "a_gt.nii.gz", oblique())
+    assert_refused(capsys, toy.run(source=("--input", str(tmp_path / "truths"))), "no image", "only 1 file *_gt")
+    assert not toy.out.exists()
+
+
+@pytest.mark.parametrize("where", ["alone", "in another run"])
+def test_a_model_that_was_copied_out_of_its_run_has_no_partitions(toy, tmp_path, capsys, where):
+    model = tmp_path / "elsewhere" / "models" / "model-7"
+    model.parent.mkdir(parents=True)
+    shutil.copy(toy.model, model)
+    if where == "in another run":
+        shutil.copy(toy.model.parent.parent / "config.json", tmp_path / "elsewhere")
+        (model.parent / "SHA256SUMS").write_text(f"{'0' * 64}  model-1\n")
+    for partition in ("train", "validation"):
+        code = toy.run("--model_state", model, "--partition", partition)
+        assert_refused(capsys, code, f"--partition {partition}", model, "--input")
+        assert not toy.out.exists()
+    assert toy.run("--model_state", model) == 0
+    assert f"the run of {model} is not known: predicting the test set of seed 42" in capsys.readouterr().out
+    job = next(iter(json.loads((toy.out / "predictions.json").read_text())["jobs"].values()))
+    assert job["patch_size"] == [16, 16]  # the data set's, not that of config.json
+    (model.parent / "SHA256SUMS").write_text(f"{hashlib.sha256(model.read_bytes()).hexdigest()}  model-7\n")
+    shutil.copy(toy.model.parent.parent / "config.json", tmp_path / "elsewhere")
+    assert toy.run("--model_state", model, "--partition", "train", "--output", tmp_path / "b") == 0
 
 
 def test_input_takes_a_file_or_a_folder(toy, capsys):
     assert toy.run(source=("--input", str(toy.data / "case2.nii"))) == 0
-    assert names(toy.out) == ["case2.nii.gz", "model.json"]
+    assert names(toy.out) == ["case2.nii.gz", *RECORDS]
     (toy.data / "notes.txt").touch()
     (toy.data / "._case1.nii.gz").touch()  # what macOS leaves behind
-    assert toy.run("--skip_existing", "--no_tta", "--batch_size", 1, source=("--input", str(toy.data))) == 0
-    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "case3.nii.gz", "model.json"]
+    assert toy.run("--skip_existing", "--batch_size", 1, source=("--input", str(toy.data))) == 0
+    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "case3.nii.gz", *RECORDS]
     capsys.readouterr()
     kept = (toy.data / "case1.nii.gz").read_bytes()
     code = toy.run("--overwrite", "--output", toy.data, source=("--input", str(toy.data)))
@@ -137,9 +382,9 @@ def test_input_in_the_data_sets_layout_is_named_by_its_ids(toy, tmp_path):
         (tmp_path / "nested" / case).mkdir(parents=True)
         write_image(tmp_path / "nested" / case / "image.nii", oblique())
     assert toy.run(source=("--input", str(tmp_path / "nested" / "case7" / "image.nii"))) == 0
-    assert names(toy.out) == ["case7.nii.gz", "model.json"]
+    assert names(toy.out) == ["case7.nii.gz", *RECORDS]
     assert toy.run("--skip_existing", source=("--input", str(tmp_path / "nested"))) == 0
-    assert names(toy.out) == ["case7.nii.gz", "case8.nii.gz", "model.json"]
+    assert names(toy.out) == ["case7.nii.gz", "case8.nii.gz", *RECORDS]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -151,13 +396,13 @@ def test_input_takes_the_images_of_one_subject_and_not_its_labels(toy, tmp_path,
     monkeypatch.chdir(subject)
     for source in (".", "image.nii") if inside else (subject, "../case7"):
         assert toy.run("--overwrite", source=("--input", str(source))) == 0
-        assert names(toy.out) == ["case7.nii.gz", "model.json"]
+        assert names(toy.out) == ["case7.nii.gz", *RECORDS]
 
 
 def test_challenge_names(toy, capsys, monkeypatch):
     assert toy.run("--challenge_names", "--probabilities") == 0
     predictions = [f"toy-00{case}{suffix}.nii.gz" for case in (1, 2, 3) for suffix in ("", "_probabilities")]
-    assert names(toy.out) == ["model.json", *predictions]
+    assert names(toy.out) == [*RECORDS, *predictions]
     write_image(toy.data / "case2_again.nii", oblique())
     capsys.readouterr()
     assert_refused(capsys, toy.run("--challenge_names", "--overwrite"), "case2_again.nii", "--challenge_names")
@@ -167,7 +412,7 @@ def test_challenge_names(toy, capsys, monkeypatch):
 
 def test_the_partition_is_that_of_the_run(toy):
     assert toy.run("--partition", "train") == 0  # seed_data 2 of config.json: the toy's first two
-    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", "model.json"]
+    assert names(toy.out) == ["case1.nii.gz", "case2.nii.gz", *RECORDS]
 
 
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(toy, capsys, tmp_path):

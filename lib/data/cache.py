@@ -85,7 +85,7 @@ def opened(folder: Path) -> Iterator[None]:
     run has left. Raises InputError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with locked(folder, wait=True):
             for left in folder.glob(".*-*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield

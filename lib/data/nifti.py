@@ -53,12 +53,13 @@ class Geometry(NamedTuple):
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume and its file. array: (X, Y, Z); header: as stored, nothing mended; sha256: of the file's bytes."""
+    """A volume and its file. array: (X, Y, Z); header: as stored, nothing mended; n_bytes, sha256: of the file."""
 
     path: Path
     array: np.ndarray
     geometry: Geometry
     header: nib.Nifti1Header
+    n_bytes: int
     sha256: str
 
 
@@ -82,7 +83,8 @@ def read(path: str | Path) -> Volume:
         slope, inter = header.get_slope_inter()
         if slope is not None and (slope, inter) != (1, 0):
             array = apply_read_scaling(array, slope, inter)
-        return Volume(path, array, _geometry(path, header, shape), header, hashlib.sha256(content).hexdigest())
+        geometry = _geometry(path, header, shape)
+        return Volume(path, array, geometry, header, len(content), hashlib.sha256(content).hexdigest())
     except InputError:
         raise
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
