@@ -28,7 +28,7 @@ from lib.utils import Parser, find_device, number, one_of, read_config, run_scri
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="predict.py", description=__doc__)
+    parser = Parser(prog="predict.py", description="Predict labels with a trained model, one file per image.")
     add = parser.add_argument
     add("--data", required=True, **one_of(DATASETS), help="the data set whose preprocessing is used (required)")
     add("--output", required=True, type=Path, help="folder of the predictions (required)")

@@ -6,9 +6,11 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
+from lib import checkpoint, distributed  # before torch: see lib/__init__.py
+
+# isort: split
 import torch
 
-from lib import checkpoint, distributed
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import build_dataset
@@ -75,10 +77,11 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     with distributed.agreed():
         folder = None
         if distributed.is_main():
+            about = facts(device, "train.py")
             folder = run or checkpoint.new_run_folder(config)
             if run is None:
                 held.enter_context(locked(folder))
-            checkpoint.begin(folder, config, facts(device), epoch if run else None)
+            checkpoint.begin(folder, config, about, epoch if run else None)
     folder = Path(distributed.broadcast_from_main(str(folder)))
     log = Log(folder / "log.txt") if distributed.is_main() else no_log
     log(f"run folder: {folder}")

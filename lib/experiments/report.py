@@ -509,7 +509,9 @@ def report_training(folder: Path, device: torch.device, log: Callable[[str], Non
 
 def main(argv: list[str] | None = None) -> int:
     """Report what `argv` names; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = Parser("python -m lib.experiments.report", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "python -m lib.experiments.report", description="A run on one page: RUN/report.html and RUN/figures/*.png."
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder, of a training that is finished, interrupted or running")
     add("--data_path", help="folder of the data set, for the examples (default: that of the training)")
