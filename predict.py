@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lib.amp import faster_precision
 from lib.checkpoint import sweep, write_json
 from lib.data import DATASETS
 from lib.error import InputError
-from lib.inference import default_batch_size, predict_file, save
+from lib.inference import default_batch_size, predict_file, save, trial_prediction
 from lib.memory import keep_freed_memory
 from lib.models import compile_model, load_model
 from lib.prediction import (
@@ -122,15 +123,20 @@ def predict(args: argparse.Namespace) -> None:
     images = choose_images(images, args.output, args.probabilities, args.skip_existing, args.overwrite)
     if args.skip_existing:
         check_same_model(args.output, args.model_state)
+    batch_size = args.batch_size or default_batch_size(model.dim, device)
+    amp = args.amp
+    if amp and images and device.type == "cpu":
+        chosen, note = faster_precision("a batch", trial_prediction(model, batch_size, patch_size))
+        amp = chosen == "bfloat16"
+        tqdm.write(note)
     if args.compile:
         compile_model(model, device)
-    batch_size = args.batch_size or default_batch_size(model.dim, device)
 
     description = describe(model, args.model_state, dataset, patch_size, config)
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
         check_stopped()
         prediction = predict_file(
-            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities, args.amp
+            model, path, dataset.preprocessing, patch_size, not args.no_tta, batch_size, args.probabilities, amp
         )
         if i == 0:  # a first image that is bad leaves nothing behind
             make_output(args.output)

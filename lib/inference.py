@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import math
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +96,12 @@ def predict_patches(
         outputs = torch.cat([model(part)[0].float() for part in mirrored.split(batch_size)])
     outputs = outputs.unflatten(0, (len(mirrorings), -1))  # (mirrorings, B, n_classes, *patch)
     return sum(output.flip(axes) for output, axes in zip(outputs, mirrorings, strict=True)) / len(mirrorings)
+
+
+def trial_prediction(model: nn.Module, batch_size: int, patch_size: tuple[int, ...]) -> Callable[[bool], object]:
+    """What takes the time of a prediction: the model on one batch of empty patches, as a function of `amp`."""
+    patches = torch.zeros(batch_size, model.modalities, *patch_size)
+    return torch.inference_mode()(lambda amp: predict_patches(model, patches, [()], batch_size, amp))
 
 
 def predict_file(

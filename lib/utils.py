@@ -566,6 +566,8 @@ def _check_facts(config: dict) -> None:
         raise InputError(f"continued is {continued!r}")
     if not all({"command", "after_epoch"} <= set(times) for times in continued):
         raise InputError("continued lacks a command or an epoch")
+    if config.get("precision", "float32") not in ("float32", "bfloat16"):
+        raise InputError(f"precision is {config['precision']!r}")
     for written in (config, *continued):
         for key, kind in (("command", str), ("machine", str), ("git_revision", str | None), ("versions", dict)):
             if key in written and not isinstance(written[key], kind):

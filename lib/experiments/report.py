@@ -37,7 +37,7 @@ from lib.utils import Parser, find_device, flops_of, has_budget, read_config, ru
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
-NO_FLAGS = ("data", "modalities", "n_classes", "dim")  # the data set, and settings that are its own
+NO_FLAGS = ("data", "modalities", "n_classes", "dim", "precision")  # the data set, what is its own, what --amp came to
 LINES = ("-", "--", ":")
 WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1, "nbins": 6}  # ticks of epochs
 SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
