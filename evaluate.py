@@ -5,20 +5,19 @@ import os
 import sys
 from pathlib import Path
 
+from lib.checkpoint import write_json
+from lib.data import DATASETS
+from lib.data.nifti import scale_note
 from lib.error import InputError
 from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
 from lib.metric import TOLERANCE_MM
 from lib.record import mixed_jobs
+from lib.utils import Parser, number, one_of, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as `argv` says; returns the exit code of `run_script`."""
-    # Imported here because the worker processes import this file too, and what they do needs no torch.
-    from lib.checkpoint import write_json
-    from lib.data import DATASETS
-    from lib.utils import Parser, number, one_of, run_script
-
-    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser = Parser(prog="evaluate.py", description="Compare predictions with the ground truth.")
     add = parser.add_argument
     add("--data", required=True, **one_of(DATASETS), help="the data set whose classes these are (required)")
     add("--pred", required=True, type=Path, help="folder of the predictions, <id>.nii.gz (required)")
@@ -41,12 +40,15 @@ def main(argv: list[str] | None = None) -> int:
         if mixed := mixed_jobs(args.pred, (prediction.name for prediction, _ in found.pairs.values())):
             raise InputError(f"--pred {args.pred}: {mixed}; finish with predict.py --skip_existing, or --overwrite all")
         results = evaluate(found.pairs, rules, args.num_workers)
-        print(format_table(results, dataset.class_names, summary))
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.output, results, replace=args.overwrite)
         except OSError as error:
             raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
+        print(format_table(results, dataset.class_names, summary))
+        note = scale_note(path for pair in found.pairs.values() for path in pair)
+        for line in [*found.notes(), *([note] if note else [])]:
+            print(line)
 
     return run_script(run)
 

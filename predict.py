@@ -25,6 +25,7 @@ from lib.prediction import (
     input_images,
     outputs_of,
     partition_images,
+    precision_of,
     put,
 )
 from lib.record import identified, read_record
@@ -33,7 +34,7 @@ from lib.utils import Parser, find_device, number, one_of, read_config, run_scri
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="predict.py", description=__doc__)
+    parser = Parser(prog="predict.py", description="Predict labels with a trained model, one file per image.")
     add = parser.add_argument
     add("--data", required=True, **one_of(DATASETS), help="the data set whose preprocessing is used (required)")
     add("--output", required=True, type=Path, help="folder of the predictions (required)")
@@ -109,12 +110,15 @@ def predict(args: argparse.Namespace) -> None:
         model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
     images = find_images(args, config)
-    job = describe_job(source, dataset, patch_size, tta, args.amp)
     record = read_record(args.output)
+    batch_size = args.batch_size or default_batch_size(model.dim, device)
+    precision, note = precision_of(args.amp, args.overwrite, record, model, batch_size, patch_size)
+    job = describe_job(source, dataset, patch_size, tta, args.amp, precision)
     images = choose_images(images, record, job, args.probabilities, args.skip_existing, args.overwrite)
+    if note:
+        tqdm.write(note)
     if args.compile:
         compile_model(model, device)
-    batch_size = args.batch_size or default_batch_size(model.dim, device)
 
     start = partial(
         begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, config)
@@ -123,7 +127,7 @@ def predict(args: argparse.Namespace) -> None:
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
         check_stopped()
         prediction = predict_file(
-            model, path, dataset.preprocessing, patch_size, tta, batch_size, args.probabilities, args.amp
+            model, path, dataset.preprocessing, patch_size, tta, batch_size, args.probabilities, precision == "bfloat16"
         )
         if i == 0:  # a first image that is bad leaves nothing behind
             start()

@@ -6,9 +6,12 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
+from lib import checkpoint, distributed, published  # before torch: see lib/__init__.py
+
+# isort: split
 import torch
 
-from lib import checkpoint, distributed, published
+from lib.amp import faster_precision
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import build_dataset
@@ -21,7 +24,7 @@ from lib.memory import keep_freed_memory
 from lib.models import build_model, compile_model, summary
 from lib.models.BaseModel import read_state
 from lib.stop import Stopped
-from lib.trainer import build_optimizer, fit
+from lib.trainer import build_optimizer, fit, trial_step
 from lib.utils import (
     CHANGEABLE,
     LOST,
@@ -78,13 +81,20 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         if config["compile"]:
             compile_model(model, device)
 
+    criterion, note = build_loss(config), None
+    if "precision" not in config:  # one that is continued keeps to its own, whatever the machine
+        config["precision"] = "bfloat16" if config["amp"] else "float32"
+        if config["amp"] and device.type == "cpu" and run is None:
+            choice = faster_precision("a training step", trial_step(model, criterion, data.batch_size, data.patch_size))
+            config["precision"], note = distributed.broadcast_from_main(choice)  # one clock decides for all ranks
+
     with distributed.agreed():
         folder = None
         if distributed.is_main():
+            about = facts(device, "train.py") | ({"accepted_changed_data": sorted(changed)} if changed else {})
             folder = run or checkpoint.new_run_folder(config)
             if run is None:
                 held.enter_context(locked(folder))
-            about = facts(device) | ({"accepted_changed_data": sorted(changed)} if changed else {})
             checkpoint.begin(folder, config, about, epoch if run else None, content)
     folder = Path(distributed.broadcast_from_main(str(folder)))
     log = Log(folder / "log.txt") if distributed.is_main() else no_log
@@ -92,8 +102,9 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
     log(f"{config['data']}: " + ", ".join(f"{len(ids)} {name}" for name, ids in data.ids.items()))
     if data.n_missing:
         log(f"{config['data']}: {data.n_missing} subjects are not on disk; the split is that of the whole data set")
-    for note in [*data.notes, *(f"{subject} {what}: accepted" for subject, what in changed.items())]:
-        log(note)
+    accepted = [f"{subject} {what}: accepted" for subject, what in changed.items()]
+    for text in [*data.notes, *accepted, *([note] if note else [])]:
+        log(text)
     processes = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     log(f"{config['model']} on {device}{processes}: weights " + (f"of {source}" if source else "new"))
     for note in history.notes if history else ():
@@ -117,7 +128,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         with tensorboard(folder, epoch) if distributed.is_main() else nullcontext() as writer:
             fit(
                 state,
-                build_loss(config),
+                criterion,
                 data,
                 callbacks(
                     patch_size=data.patch_size,
@@ -132,7 +143,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
                 val_interval=config["val_interval"],
                 prune=pruning is not None,
                 device=device,
-                amp=config.get("amp", False),
+                amp=config["precision"] == "bfloat16",
             )
     except Stopped as stopped:
         log(f"{stopped}; to continue: {resume_command(folder)}")

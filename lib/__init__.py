@@ -1,0 +1,11 @@
+"""Sauron's modules. Whichever of them is imported, by a script, by `python -m` or in a worker process, this file comes
+first: before torch is loaded, and before a file is opened that stays open."""
+
+import os
+
+from lib.screen import open_missing
+
+# Threads of OpenMP that have nothing to do sleep. By default they look again and again whether the others are done, and
+# take the cores from whoever else wants to work: on a busy machine from these others. It is read as torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+open_missing()

@@ -102,6 +102,12 @@ def predict_patches(
     return sum(output.flip(axes) for output, axes in zip(outputs, mirrorings, strict=True)) / len(mirrorings)
 
 
+def trial_prediction(model: nn.Module, batch_size: int, patch_size: tuple[int, ...]) -> Callable[[bool], object]:
+    """What takes the time of a prediction: the model on one batch of empty patches, as a function of `amp`."""
+    patches = torch.zeros(batch_size, model.modalities, *patch_size)
+    return torch.inference_mode()(lambda amp: predict_patches(model, patches, [()], batch_size, amp))
+
+
 def predict_file(
     model: nn.Module,
     path: str | Path,

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lib.amp import faster_precision
 from lib.checkpoint import sweep, write_json
 from lib.data.BaseDataset import BaseDataset
 from lib.data.nifti import stem
 from lib.error import InputError
-from lib.inference import Prediction, save
+from lib.inference import Prediction, save, trial_prediction
 from lib.models import summary
 from lib.models.nnUNet import nnUNet
 from lib.record import Record, check_others, is_done
@@ -155,7 +156,23 @@ def put(array: np.ndarray, prediction: Prediction, output: Path, record: Record)
     record.replaced(output.name)
 
 
-def describe_job(source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], tta: bool, amp: bool) -> dict:
+def precision_of(
+    amp: bool, overwrite: bool, record: Record, model: nnUNet, batch_size: int, patch_size: tuple[int, ...]
+) -> tuple[str, str | None]:
+    """float32 or bfloat16, in which is to be predicted, and a line for the screen if a timed batch decided it.
+
+    Unless it is to `overwrite` what is there, a prediction keeps to the precision in which the folder was begun.
+    """
+    if not amp or next(model.parameters()).device.type != "cpu":
+        return "bfloat16" if amp else "float32", None
+    if not overwrite and record.jobs.get(record.job, {}).get("amp"):
+        return record.jobs[record.job]["precision"], None
+    return faster_precision("a batch", trial_prediction(model, batch_size, patch_size))
+
+
+def describe_job(
+    source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], tta: bool, amp: bool, precision: str
+) -> dict:
     """All but the image that a prediction depends on, as it is written to the record; `source` is the model."""
     return {
         "method": METHOD,
@@ -165,6 +182,7 @@ def describe_job(source: dict, dataset: type[BaseDataset], patch_size: tuple[int
         "patch_size": list(patch_size),
         "tta": tta,
         "amp": amp,
+        "precision": precision,
     }
 
 

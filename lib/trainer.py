@@ -1,8 +1,9 @@
 """The training loop: train, validate, and what the callbacks do at the end of each epoch."""
 
+import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -157,6 +158,25 @@ def compute_loss(
     outputs = [output.float() for output in measured.outputs] if amp else measured.outputs
     distances = [measured.delta_opt] if criterion.uses_distances else []
     return criterion(outputs, labels, *distances), measured
+
+
+def trial_step(
+    model: nn.Module, criterion: nn.Module, batch_size: int, patch_size: tuple[int, ...]
+) -> Callable[[bool], None]:
+    """What takes the time of a training step, of a copy of the model on a made-up batch (of several ranks: the share of
+    this one): the function takes `amp`, and changes nothing that a training uses."""
+    model, share = copy.deepcopy(model).train(), distributed.share(batch_size)
+    shape = (share.stop - share.start, model.modalities, *patch_size)
+    device = next(model.parameters()).device
+    images = torch.randn(shape, generator=torch.Generator()).to(device)
+    labels = (images[:, 0] > 0).long()
+
+    def step(amp: bool) -> None:
+        loss, _ = compute_loss(model, criterion, images, labels, amp=amp)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
 
 
 @torch.no_grad()

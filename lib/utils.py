@@ -23,6 +23,7 @@ from lib.distance import DISTANCES, IMPORTANCES
 from lib.error import InputError
 from lib.loss import LOSSES
 from lib.models import MODELS
+from lib.screen import kept_screen
 from lib.stop import Stopped, stoppable
 from lib.text import read_text
 
@@ -70,10 +71,11 @@ def one_of(names: Iterable[str]) -> dict:
 def run_script(main: Callable[[], None], after_stop: str = "") -> int:
     """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
     file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
-    on); 1 where another process of the same training is no more. What ends all ranks, one of them says."""
+    on); 1 where another process of the same training is no more. What ends all ranks, one of them says. Nothing of it
+    depends on what becomes of the screen."""
     name = Path(sys.argv[0]).name
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # we say ourselves what a broken header has
-    with stoppable():
+    with kept_screen(name), stoppable():
         try:
             main()
             return 0
@@ -94,8 +96,8 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
             line = "not enough memory; try a smaller --batch_size or --patch_size"
-    print(f"{name}: error: {line}", file=sys.stderr)
-    return 2
+        print(f"{name}: error: {line}", file=sys.stderr)
+        return 2
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
@@ -611,6 +613,8 @@ def _check_facts(config: dict) -> None:
         raise InputError(f"continued is {continued!r}")
     if not all({"command", "after_epoch"} <= set(times) for times in continued):
         raise InputError("continued lacks a command or an epoch")
+    if config.get("precision", "float32") not in ("float32", "bfloat16"):
+        raise InputError(f"precision is {config['precision']!r}")
     for written in (config, *continued):
         for key, kind in (("command", str), ("machine", str), ("git_revision", str | None), ("versions", dict)):
             if key in written and not isinstance(written[key], kind):
@@ -666,17 +670,31 @@ def resume_command(run: Path) -> str:
     return f"{script} train.py --resume {shlex.quote(str(run))}"
 
 
-def facts(device: torch.device | None = None) -> dict:
-    """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision."""
+def git_revision(project: Path) -> str | None:
+    """The commit that the project in this folder is at. None where it is no repository of its own (it may lie in
+    somebody else's, or among the files of a package), or there is no git that could tell."""
+    command = ["git", "-C", str(project), "rev-parse", "--show-toplevel", "HEAD"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # of another one
+    try:
+        found = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    folder, revision = os.fsdecode(found.stdout).strip().rsplit("\n", 1)
+    return revision if Path(folder).resolve() == project.resolve() else None
+
+
+def facts(device: torch.device | None = None, script: str | None = None) -> dict:
+    """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision.
+
+    `script` is the file of the command, where Python reads it from standard input and the command does not name it.
+    """
     packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    name, *arguments = sys.argv
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, script if script and name == "-" else name, *arguments]),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}{processes}",
-        "git_revision": revision.stdout.strip() or None,
+        "git_revision": git_revision(Path(__file__).parents[1]),
     }

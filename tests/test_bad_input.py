@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
@@ -358,7 +358,7 @@ def test_a_setting_of_another_type_does_not_resume(place, tmp_path, capsys):
 
 # Random bytes: InputError or a result, nothing else
 
-FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=40)
 READERS = {
     "image.nii": [read_image, lambda path: read_label(path, 4), lambda path: read_labels(path, 4)],
     "image.nii.gz": [read_image, lambda path: read_label(path, 4), lambda path: read_labels(path, 4)],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import wait_until
 
@@ -242,7 +242,7 @@ OTHER = st.none() | st.integers(-1, 3) | st.floats() | st.text(max_size=3) | st.
 VALUES = st.recursive(OTHER, lambda v: st.lists(v, max_size=2) | st.dictionaries(st.text(max_size=3), v, max_size=2))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(key=st.sampled_from(sorted(checkpoint.STATE_TYPES)), value=VALUES)
 def test_a_state_with_some_other_value_is_refused_or_restored(tmp_path, key, value):
     state = make_state(tmp_path)

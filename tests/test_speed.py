@@ -1,9 +1,12 @@
 """Every measurement runs, and what it compares is equal. How long anything takes is not asserted."""
 
+import argparse
 import re
+import subprocess
 
 import pytest
 
+from lib.experiments import speed
 from lib.experiments.speed import main
 
 SMALL = ["--patch_size", "32", "32", "--fms_init", "4", "--levels", "3"]
@@ -43,3 +46,37 @@ def test_it_runs_and_prints_ratios(command, phantom, capsys):
         assert int(differ) <= 1e-4 * int(n)  # the two norms round differently, and the network knows nothing
     if command == "evaluate":
         assert float(re.search(r"largest difference from medpy: (\S+)", printed)[1]) < 1e-9
+
+
+def test_busy_compares_openmps_own_waiting_with_ours(monkeypatch, capsys):
+    """The time of a step is made up, the busy processes are not."""
+    running, started = [], subprocess.Popen
+    monkeypatch.setattr(speed.subprocess, "Popen", lambda *args: running.append(started(*args)) or running[-1])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def made_up(policy, _args):
+        assert all(process.poll() is None for process in running)
+        return {None: 0.4, "PASSIVE": 0.1}[policy] * (1 + len(running))
+
+    monkeypatch.setattr(speed, "in_new_process", made_up)
+    monkeypatch.setattr(speed, "_n_cores", lambda: 3)
+    assert main(["busy", "--repeats", "2"]) == 0
+    printed = capsys.readouterr().out
+    for where, ms in (("quiet", "100.000"), ("busy", "400.000")):
+        ratio = rf"{where}, OpenMP's own waiting / {where}, ours +4\.000  \(4\.000 - 4\.000\)\n"
+        assert re.search(ratio + rf"{where}, ours +{ms} ms", printed)
+    assert len(running) == 3 and all(process.poll() is not None for process in running)
+
+
+def test_a_step_is_timed_in_a_process_whose_threads_wait_as_openmp_lets_them(monkeypatch):
+    """OpenMP tells how often a thread looks before it sleeps."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    told, run = [], subprocess.run
+    monkeypatch.setattr(speed.subprocess, "run", lambda *args, **how: told.append(run(*args, **how)) or told[-1])
+    settings = {"device": "cpu", "data": "phantom", "threads": 1, "fms_init": 4, "levels": 3, "batch_size": 2}
+    args = argparse.Namespace(**settings, steps=1, patch_size=(32, 32))
+    assert 0 < speed.in_new_process(None, args) < 300
+    if "GOMP_SPINCOUNT" not in told[0].stderr:
+        pytest.skip("this is not GNU's OpenMP")
+    assert "GOMP_SPINCOUNT = '300000'" in told[0].stderr

@@ -322,7 +322,10 @@ def draw_comparison(results: list[dict]) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = Parser("python -m lib.experiments.clusterability", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "python -m lib.experiments.clusterability",
+        description="How clustered the feature maps of each layer are, epoch by epoch.",
+    )
     parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="one or two folders of runs with --save_fms")
     parser.add_argument("--output", type=Path, help="folder of tables and figures (default: RUN/clusterability)")
 

@@ -234,7 +234,10 @@ def feature_maps(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw as `argv` says; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = Parser("python -m lib.experiments.feature_maps", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "python -m lib.experiments.feature_maps",
+        description="What the feature maps of a trained network show, as figures.",
+    )
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder; its newest model is taken (required)")
     add("--subject", help="id of a subject (default: the first of the test set with ground truth, else of validation)")

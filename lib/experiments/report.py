@@ -38,7 +38,7 @@ from lib.utils import Parser, find_device, flops_of, has_budget, read_config, ru
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
-NO_FLAGS = ("data", "modalities", "n_classes", "dim")  # the data set, and settings that are its own
+NO_FLAGS = ("data", "modalities", "n_classes", "dim", "precision")  # the data set, what is its own, what --amp came to
 LINES = ("-", "--", ":")
 WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1, "nbins": 6}  # ticks of epochs
 SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
@@ -521,7 +521,9 @@ def report_training(folder: Path, device: torch.device, log: Callable[[str], Non
 
 def main(argv: list[str] | None = None) -> int:
     """Report what `argv` names; returns the exit code: 0, or 2 after one line about bad input."""
-    parser = Parser("python -m lib.experiments.report", description=__doc__.split("\n")[0])
+    parser = Parser(
+        "python -m lib.experiments.report", description="A run on one page: RUN/report.html and RUN/figures/*.png."
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder, of a training that is finished, interrupted or running")
     add("--data_path", help="folder of the data set, for the examples (default: that of the training)")

@@ -1,19 +1,13 @@
 """How fast the parts are, as ratios of two things measured in turn: `python -m lib.experiments.speed step`.
 
-step      a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet
-epoch     an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data
-data      augmented patches from torchio's own chain over ours
-predict   predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at a time
-evaluate  metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory
-
-Every line gives the median and the range over the repeats. CPU seconds are counted where there is one thread, the wall
-clock's elsewhere.
+`COMMANDS` says what there is to measure.
 """
 
 import argparse
 import copy
 import itertools
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -21,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -36,7 +30,7 @@ from torch import Tensor, nn
 from lib.checkpoint import TrainingState, save_model
 from lib.data import DATASETS
 from lib.data.augmentation import augmentation
-from lib.data.BaseDataset import BaseDataset, _AugmentedPatches
+from lib.data.BaseDataset import BaseDataset, _AugmentedPatches, _n_cores
 from lib.data.nifti import read, read_geometry, voxels_by_nibabel, write
 from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
@@ -50,6 +44,21 @@ from lib.pruning import prune
 from lib.trainer import compute_loss, train_epoch
 from lib.utils import Parser, find_device, number, run_script
 
+ABOUT = """\
+How fast the parts are, as ratios of two things that are measured in turn. Every line gives the median and the range
+over the repeats. CPU seconds are counted where there is one thread, the wall clock's elsewhere, and by busy.
+"""
+COMMANDS = {
+    "step": "a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet",
+    "epoch": "an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data",
+    "data": "augmented patches from torchio's own chain over ours",
+    "predict": "predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at "
+    "a time",
+    "evaluate": "metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory",
+    "busy": "a training step whose threads wait for one another as OpenMP lets them by default over one whose threads "
+    "wait as ours do (OMP_WAIT_POLICY, PASSIVE unless it is set), on the quiet machine, and beside as many busy "
+    "processes as there are cores",
+}
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = 0.1  # of the FLOPs that a pruned network keeps
 
@@ -202,37 +211,22 @@ def dataset_of(args: argparse.Namespace, **settings) -> BaseDataset:
     return DATASETS[args.data](args.data_path, args.cache_path, patch_size=args.patch_size, **settings)
 
 
-# --- the five figures -------------------------------------------------------------------------------------------------
+# --- the figures ------------------------------------------------------------------------------------------------------
 
 
 def step(args: argparse.Namespace) -> None:
     if args.device.type == "cpu":
         keep_freed_memory()  # as train.py
-    n_classes = DATASETS[args.data].n_classes
-    torch.manual_seed(1)
-    images = torch.randn(args.batch_size, 1, *args.patch_size, device=args.device)
-    labels = torch.randint(n_classes, (args.batch_size, *args.patch_size), device=args.device)
+    images, labels = _made_up_batch(args)
     distances = DS_CrossEntropyDiceLoss_Distance()
-
-    def trainer(model: nnUNet, criterion: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
-
-        def train_step() -> None:
-            loss, _ = compute_loss(model, criterion, images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-        return train_step
-
     found, literal = (_gradients(build(kind, args), distances, images, labels) for kind in (Sauron, LiteralSauron))
     print(f"loss: ours {found[0]:.7f}, literal {literal[0]:.7f}; largest relative difference of a gradient: ", end="")
     print(f"{max(float((a - b).norm() / b.norm()) for a, b in zip(found[1], literal[1], strict=True)):.1e}")
 
     sides = {
-        "nnUNet": trainer(build(nnUNet, args), DS_CrossEntropyDiceLoss()),
-        "Sauron": trainer(build(Sauron, args), distances),
-        "literal Sauron": trainer(build(LiteralSauron, args), distances),
+        "nnUNet": _trainer(build(nnUNet, args), DS_CrossEntropyDiceLoss(), images, labels),
+        "Sauron": _trainer(build(Sauron, args), distances, images, labels),
+        "literal Sauron": _trainer(build(LiteralSauron, args), distances, images, labels),
         "convolutions alone": convolutions_alone(build(nnUNet, args), images),
     }
     seconds = interleave(sides, args)
@@ -241,6 +235,26 @@ def step(args: argparse.Namespace) -> None:
     show_ratio("convolutions alone", "nnUNet", seconds)
     show_ratio("convolutions alone", "Sauron", seconds)
     show("Sauron", [1000 * s for s in seconds["Sauron"]], " ms")
+
+
+def _made_up_batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    images = torch.randn(args.batch_size, 1, *args.patch_size, device=args.device)
+    labels = torch.randint(DATASETS[args.data].n_classes, (args.batch_size, *args.patch_size), device=args.device)
+    return images, labels
+
+
+def _trainer(model: nnUNet, criterion: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A training step on this batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
+
+    def train_step() -> None:
+        loss, _ = compute_loss(model, criterion, images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return train_step
 
 
 def _gradients(model: nnUNet, criterion: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[Tensor]]:
@@ -414,6 +428,62 @@ def evaluate(args: argparse.Namespace) -> None:
         show("ours", [1000 * s for s in seconds["ours"]], " ms")
 
 
+def timed_steps(args: argparse.Namespace) -> float:
+    """Seconds of a training step of Sauron, by the wall clock: the median of `args.steps`, after two more."""
+    images, labels = _made_up_batch(args)
+    step, seconds = _trainer(build(Sauron, args), DS_CrossEntropyDiceLoss_Distance(), images, labels), []
+    for _ in range(args.steps + 2):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[2:])
+
+
+def in_new_process(wait_policy: str | None, args: argparse.Namespace) -> float:
+    """`timed_steps` of a process in which OpenMP finds this OMP_WAIT_POLICY as it is loaded, or none."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": wait_policy} if wait_policy else {}
+    code = (
+        "import sys, torch; from lib.experiments import speed;"  # torch first: `lib` would set the policy
+        "speed.main([*sys.argv[1:], '--child'])"
+    )
+    argv = [sys.executable, "-c", code, "busy", "--device", str(args.device), "--data", args.data]
+    for key in ("threads", "fms_init", "levels", "batch_size", "steps", "patch_size"):
+        value = getattr(args, key)
+        argv += [f"--{key}", *map(str, value if isinstance(value, tuple) else [value])]
+    return float(subprocess.run(argv, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+@contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    """Within it `n` processes do nothing, as fast as they can; they end with this one, however it ends."""
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def busy(args: argparse.Namespace) -> None:
+    if args.child:
+        print(timed_steps(args))
+        return
+    policies = {"OpenMP's own waiting": None, "ours": os.environ["OMP_WAIT_POLICY"]}
+    print(f"{args.threads} threads, {_n_cores()} cores; ours: OMP_WAIT_POLICY={policies['ours']}")
+    for where, n in (("quiet", 0), ("busy", _n_cores())):
+        seconds = {f"{where}, {name}": [] for name in policies}
+        with busy_processes(n):
+            for _ in range(args.repeats):
+                for name, policy in policies.items():
+                    seconds[f"{where}, {name}"].append(in_new_process(policy, args))
+        own, ours = seconds
+        show_ratio(own, ours, seconds)
+        show(ours, [1000 * s for s in seconds[ours]], " ms")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -422,24 +492,26 @@ def main(argv: list[str] | None = None) -> int:
     positive = number(int, 1)
     parser = Parser(
         "python -m lib.experiments.speed",
-        description=__doc__,
+        description=ABOUT,
         epilog="`python -m lib.experiments.speed step --help` lists the arguments of step, and so on.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     defaults = {  # filters of the first level, levels, patch, batch, repeats
         "step": (step, 16, 5, (96, 96), 6, 10),
         "epoch": (epoch, 32, 5, (128, 128), 10, 3),
         "data": (data, None, None, None, None, 5),
         "predict": (predict, 16, 5, None, None, 3),
         "evaluate": (evaluate, None, None, None, None, 3),
+        "busy": (busy, 16, 5, (96, 96), 6, 5),
     }
     for name, (function, fms_init, levels, patch_size, batch_size, repeats) in defaults.items():
-        command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        about = {"help": COMMANDS[name], "description": COMMANDS[name]}
+        command = commands.add_parser(name, **about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = command.add_argument
         command.set_defaults(run=function)
         add("--repeats", type=positive, default=repeats, help="how often each side is measured")
-        add("--threads", type=positive, default=1, help="of torch and ITK")
+        threads = _n_cores() if name == "busy" else 1
+        add("--threads", type=positive, default=threads, help="of torch and ITK")
         add("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps")
         add("--data", default="phantom", choices=sorted(DATASETS), help="the data set")
         add("--data_path", help="its folder")
@@ -456,6 +528,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.choices["predict"].add_argument("--images", type=positive, default=1, help="of the test set")
     commands.choices["evaluate"].add_argument("--label", type=Path, help="a label file; None: one of the phantom's")
     commands.choices["evaluate"].add_argument("--no_medpy", action="store_true", help="it takes minutes, and gigabytes")
+    commands.choices["busy"].add_argument("--steps", type=positive, default=10, help="that a process times")
+    commands.choices["busy"].add_argument("--child", action="store_true", help=argparse.SUPPRESS)
 
     def run() -> None:
         args = parser.parse_args(argv)
