@@ -16,9 +16,9 @@ import evaluate
 import predict
 import train
 from lib import checkpoint
-from lib.data.preprocessing import read_image, read_label
+from lib.data.nifti import read_geometry, read_image, read_label
 from lib.error import InputError
-from lib.evaluation import read_labels, read_model_summary
+from lib.evaluation import read_model_summary
 from lib.filters import read_filters
 from lib.models import load_model
 from lib.models.BaseModel import read_state
@@ -360,8 +360,8 @@ def test_a_setting_of_another_type_does_not_resume(place, tmp_path, capsys):
 
 FUZZ = settings(max_examples=40)
 READERS = {
-    "image.nii": [read_image, lambda path: read_label(path, 4), lambda path: read_labels(path, 4)],
-    "image.nii.gz": [read_image, lambda path: read_label(path, 4), lambda path: read_labels(path, 4)],
+    "image.nii": [read_image, lambda path: read_label(path, 4), read_geometry],
+    "image.nii.gz": [read_image, lambda path: read_label(path, 4), read_geometry],
     "model-1": [read_state],
     "state-1": [checkpoint.read_training],
     "filters": [read_filters],
