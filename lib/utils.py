@@ -262,8 +262,8 @@ def _parser() -> Parser:
         "--amp",
         action="store_true",
         default=None,
-        help="let the network compute in bfloat16 where that is safe; not for 3D on the CPU (default: float32 "
-        "throughout)",
+        help="let the network compute in bfloat16 where that is safe and, on the CPU, faster; not for 3D on the CPU "
+        "(default: float32 throughout)",
     )
     run.add_argument(
         "--compile",
