@@ -176,12 +176,12 @@ def test_what_is_finished_is_timed_on_another_device(finished, arguments, monkey
     assert table["inference_on"].startswith("cpu:0, ")
     for now, then in zip(table["rows"], before, strict=True):
         assert (now["dice"], now["training_seconds"]) == (then["dice"], then["training_seconds"])
-    assert table["rows"][-1]["trained_on"][0].startswith("cuda, x86_64, 3 cores, 3 threads, A-GPU; cpu, ")
+    assert table["rows"][-1]["trained_on"][0].startswith("cuda, x86_64, 3 cores, 3 threads, A-GPU, float32; cpu, ")
     lines = (finished.folder / "table.md").read_text().splitlines()
     assert any("Inference was timed on cpu:0, " in line for line in lines)
     assert any("trained on different devices" in line for line in lines)
     (line,) = [line for line in lines if line.startswith("- Trained on cuda")]
-    assert "A-GPU; cpu, " in line
+    assert "A-GPU, float32; cpu, " in line
 
 
 @needs_torch_pruning

@@ -412,11 +412,12 @@ def training_seconds(plan: Plan, row: str, seed: int) -> float:
 
 
 def trained_on(plan: Plan, row: str, seed: int) -> str:
-    """The devices and machines of all epochs that the row is made of."""
+    """The devices, machines and precision of all epochs that the row is made of."""
     places = [trained_on(plan, HALF, seed)] if HALF in plan.row(row).needs else []
     config = read_config(find_run(plan.output, row, seed)[0])
     machines = dict.fromkeys(part.get("machine", "?") for part in (config, *config.get("continued", [])))
-    places += [f"{config['device']}, {machine}" for machine in machines] if len(machines) == 1 else machines
+    machines = [f"{config['device']}, {machine}" for machine in machines] if len(machines) == 1 else machines
+    places += [f"{machine}, {config.get('precision', 'float32')}" for machine in machines]
     return "; ".join(dict.fromkeys(places))
 
 
@@ -706,7 +707,9 @@ def format_notes(plan: Plan, rows: dict[str, dict], place: str, n_timed: int) ->
         for seed, trained in zip(row["seeds"], row["trained_on"], strict=True):
             places.setdefault(trained, []).append(f"{row['row']}, seed {seed}")
     if len(places) > 1:
-        notes.append("The rows were trained on different devices: their times of training cannot be compared.")
+        notes.append(
+            "The rows were trained on different devices, or in different precision: their times cannot be compared."
+        )
         notes += [f"Trained on {trained}: {'; '.join(titles)}." for trained, titles in places.items()]
     else:
         notes += [f"Trained on {trained}." for trained in places]
