@@ -260,8 +260,8 @@ IMAGES = {  # what happens to an image, and what is said of it
     "flat affine": (lambda p: patched(p, 280, "<f", 0.0), "affine"),
 }
 LABELS = {
-    "another shape": (lambda p: write(p, np.zeros((16, 15, 2), "u1")), "shape (16, 15, 2) is not the image's"),
-    "another affine": (lambda p: write(p, np.zeros((16, 16, 2), "u1"), np.eye(4)), "affine"),
+    "another shape": (lambda p: write(p, np.zeros((16, 15, 2), "u1")), "its shape (16, 15, 2) is not (16, 16, 2)"),
+    "another affine": (lambda p: write(p, np.zeros((16, 16, 2), "u1"), np.eye(4)), "elsewhere in the world"),
     "a label too high": (lambda p: with_voxel(p, 4), "label 4 in 3 voxels"),
     "a negative label": (lambda p: write(p, np.full((16, 16, 2), -1, "i2")), "label -1 in 512 voxels"),
     "a fraction": (lambda p: write(p, np.full((16, 16, 2), 0.5, "f4")), "label 0.5 in 512 voxels"),
@@ -301,7 +301,7 @@ def test_bad_labels(place, tmp_path, capsys, kind):
 
 PAIRS = {
     "another shape": (np.zeros((4, 4, 3), "u1"), None, "(4, 4, 3)"),
-    "another affine": (np.zeros((4, 4, 2), "u1"), np.eye(4), "affine"),
+    "another affine": (np.zeros((4, 4, 2), "u1"), np.eye(4), "elsewhere in the world"),
     "a label too high": (np.full((4, 4, 2), 9, "u1"), None, "9 in 32 voxels"),
     "a fraction": (np.full((4, 4, 2), 0.5, "f4"), None, "0.5 in 32 voxels"),
     "NaN": (np.full((4, 4, 2), np.nan, "f4"), None, "nan in 32 voxels"),

@@ -14,7 +14,7 @@ import torch
 
 import evaluate
 import lib.callback
-import lib.data.cache
+import lib.data.nifti
 import predict
 import train
 from lib.filters import read_filters
@@ -194,7 +194,7 @@ def test_training_starts_from_pruned_weights_or_widths(phantom, pruned, tmp_path
 
 
 def test_without_a_validation_set(phantom, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.data.cache, "notes", lambda folder: [f"note on {folder.name}"])
+    monkeypatch.setattr(lib.data.nifti, "scale_note", lambda paths: f"note on {Path(next(iter(paths))).name}")
     assert train.main([*arguments(phantom, tmp_path), "--split", "1:0", "--epochs", "3", *PRUNE]) == 0
     run = tmp_path / "unnamed" / "phantom" / "1"
     log = (run / "log.txt").read_text()

@@ -366,7 +366,7 @@ def test_every_order_becomes_the_same_volume_and_goes_back(tmp_path, codes):
 def test_a_voxel_keeps_its_place_in_the_world(angles, codes):
     turn = nib.eulerangles.euler2mat(*angles)
     geometry = nifti.Geometry(SHAPE, (1.0, 2.0, 3.0), turn, np.array([5.0, -7.0, 11.0]))
-    volume = nifti.Volume("a.nii", VOXELS, geometry, None, "")
+    volume = nifti.Volume("a.nii", VOXELS, geometry, None, 0, "")
     turned = nifti.oriented(volume, codes)
     for value in (0, 17, 59):
         before, after = (np.argwhere(v.array == value)[0] for v in (volume, turned))
