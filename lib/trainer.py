@@ -96,7 +96,9 @@ def train_epoch(
     """
     state.model.train()
     network = distributed.parallel(state.model)
-    total, n_batches = 0.0, data.n_train_batches()
+    with distributed.agreed():
+        n_batches = data.n_train_batches()
+    total = 0.0
     with tqdm(
         total=n_batches, desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False, disable=not distributed.is_main()
     ) as bar:

@@ -55,4 +55,6 @@ def write_patients(folder, patients):
         place = folder / f"patient{patient:03}"
         place.mkdir(parents=True)
         for array, end in ((label * 50 + rng.normal(0, 5, label.shape).astype("f4"), ""), (label, "_gt")):
-            nib.save(nib.Nifti1Image(array, np.diag([-1.25, -1.25, 10, 1])), place / f"{place.name}_frame01{end}.nii.gz")
+            nib.save(
+                nib.Nifti1Image(array, np.diag([-1.25, -1.25, 10, 1])), place / f"{place.name}_frame01{end}.nii.gz"
+            )

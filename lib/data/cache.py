@@ -156,10 +156,12 @@ def load(folder: Path, affine: str = "affine") -> tio.Subject:
             label = torch.from_numpy(_array(folder / "label.npy"))[None]
             subject.add_image(tio.LabelMap(tensor=label, affine=affine), "label")
     except Exception as error:  # numpy, json and torchio raise a dozen types for damaged files
-        raise InputError(
-            f"{folder}: is damaged ({type(error).__name__}); delete this folder, it is made anew"
-        ) from error
+        raise _damaged(folder, error) from error
     return subject
+
+
+def _damaged(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: is damaged ({type(error).__name__}); delete this folder, it is made anew")
 
 
 def _array(path: Path) -> np.ndarray:
@@ -167,8 +169,11 @@ def _array(path: Path) -> np.ndarray:
 
 
 def n_slices(folder: Path) -> int:
-    """The size of the volume's last axis, without reading the volume."""
-    return np.load(folder / "image.npy", mmap_mode="r").shape[-1]
+    """The size of the volume's last axis, without reading the volume. Raises InputError if the file was damaged."""
+    try:
+        return _array(folder / "image.npy").shape[-1]
+    except Exception as error:  # as in `load`
+        raise _damaged(folder, error) from error
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
