@@ -21,6 +21,7 @@ from lib.error import InputError
 from lib.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
+from lib.text import read_text
 
 try:
     import fcntl
@@ -109,7 +110,7 @@ def changed_subjects(folder: Path, content: dict[str, dict[str, dict[str, str]]]
     if not path.exists():
         return changed
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(read_text(path))
         for part, now in content.items():
             for subject in sorted({*now, *before[part]}):
                 old, new = before[part].get(subject), now.get(subject)

@@ -76,6 +76,8 @@ def find_pairs(predictions: Path, truths: Path) -> Pairs:
     Raises InputError if there is no prediction, one has no ground truth, or two files claim to be the same thing.
     """
     predictions, truths = Path(predictions).resolve(), Path(truths).resolve()
+    if not predictions.is_dir():
+        raise InputError(f"--pred {predictions}: no such folder; give the one that holds the predictions")
     named = [path for path in sorted(predictions.glob("*.nii*")) if stem(path)]
     left_out = [path for path in named if stem(path).lower().endswith(TRUTH)]
     files = [path for path in named if path not in left_out and not stem(path).endswith(PROBABILITIES)]
@@ -89,7 +91,8 @@ def find_pairs(predictions: Path, truths: Path) -> Pairs:
         if stem(path) in RESERVED:
             raise InputError(f"{path}: the results use this name for something else; rename the file")
         case = _case(stem(path))
-        only(f"--pred: {case}", (cases.setdefault(case, path), path))
+        if cases.setdefault(case, path) != path:
+            raise InputError(f"--pred: {case}: both {cases[case]} and {path} are there; take away the one not meant")
         pairs[stem(path)] = path, _find_truth(path, case, truths)
     alone = sorted(_all_truths(truths, set(files)) - set(cases))
     return Pairs(pairs, alone, left_out)
@@ -103,7 +106,8 @@ def _find_truth(prediction: Path, case: str, truths: Path) -> Path:
     """The file with the ground truth of one prediction; InputError if there is none, or more than one."""
     nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
     wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
-    for names in (wanted, [case]):  # beside a <case>_gt, <case> is the image
+    marked = any(stem(path) and stem(path).lower().endswith(TRUTH) for path in truths.glob("*.nii*"))
+    for names in (wanted, [] if marked else [case]):  # beside files *_gt, others are images
         paths = [truths / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
         if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
             return found

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from lib.checkpoint import write_atomically
 from lib.checksum import file_digest
 from lib.data import nifti
-from lib.data.preprocessing import Grid, Preprocessing, crop_or_pad, in_own_frame, preprocess, to_original_grid
+from lib.data.preprocessing import (
+    Grid,
+    Preprocessing,
+    check_size,
+    crop_or_pad,
+    in_own_frame,
+    preprocess,
+    to_original_grid,
+)
 from lib.stop import check_stopped
 
 
@@ -124,6 +132,7 @@ def predict_file(
     Raises InputError if the file cannot be used.
     """
     original = nifti.read_image(path)
+    check_size(original.path, original.geometry, preprocessing)
     image = in_own_frame(original, preprocessing.orientation, tio.ScalarImage)
     original = replace(original, array=None)
     grid = Grid(image.spatial_shape, image.affine)

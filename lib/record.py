@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lib.checksum import digest, file_digest
 from lib.error import InputError
+from lib.text import read_text
 
 NAME = "predictions.json"
 VERSION = 1  # of the file
@@ -75,7 +76,7 @@ def read_record(folder: Path) -> Record:
     if not path.exists():
         return Record(folder)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}")
         _check(content)
@@ -203,7 +204,7 @@ def mixed_jobs(folder: Path, names: Iterable[str]) -> str | None:
         what = difference(record.jobs[one], record.jobs[other])
         return f"{first} and {second} were not made alike (of the former: {what})"
     try:
-        model = json.loads((folder / "model.json").read_text())["sha256"]
+        model = json.loads(read_text(folder / "model.json"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if any(record.jobs[job]["model"]["sha256"] != model for job in found):

@@ -11,4 +11,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     """
     data = Path(path).read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if wide else "utf-8-sig", errors)
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig", errors)
+    except UnicodeDecodeError as error:  # whose own words hold the whole file
+        raise ValueError(f"no text: byte {error.start} is {data[error.start]:#04x}") from None

@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from niftis import write_patients
 
 from lib.data import DATASETS
 from lib.data.ACDCDataset import ACDCDataset
@@ -63,6 +64,40 @@ def test_a_truth_of_either_suffix_and_no_doubles(tmp_path):
     touch(tmp_path / "patient001" / "patient001_frame01.nii.gz")  # beside training/, too
     with pytest.raises(InputError, match="^patient001_frame01: both"):
         ACDCDataset.find(tmp_path)
+
+
+def test_copies_elsewhere_are_no_doubles_and_nothing_vanishes(tmp_path):
+    for place in ("patient001", "patient001_old", "patient099"):
+        touch(tmp_path / "training" / place / "patient001_frame01.nii.gz")
+    touch(tmp_path / "patient002" / "patient002_frame01.nii.gz")  # beside training/
+    found = ACDCDataset.find(tmp_path)
+    assert [(file.id, file.image.parent.name) for file in found] == [
+        ("patient001_frame01", "patient001"),
+        ("patient002_frame01", "patient002"),
+    ]
+    (tmp_path / "training" / "training").symlink_to(tmp_path / "training")
+    assert len(ACDCDataset.find(tmp_path / "training")) == 1
+
+
+@pytest.mark.parametrize("name", ["patient001_frame01.nii.gz", "patient001_frame01_gt.nii.gz"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    folder = tmp_path / "patient001"
+    write_patients(tmp_path, [1])
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "gone")
+    data = ACDCDataset(tmp_path, tmp_path / "cache", split="1:0")
+    with pytest.raises(InputError, match=f"{name}: cannot be read"):
+        data.prepare()
+
+
+def test_an_absurd_voxel_size_is_refused_before_there_is_too_little_memory(tmp_path):
+    write_patients(tmp_path, [1])
+    path = tmp_path / "patient001" / "patient001_frame01.nii.gz"
+    image = nib.load(path)
+    image.header.set_xyzt_units("meter")
+    nib.save(image, path)
+    with pytest.raises(InputError, match=r"frame01\.nii\.gz: its voxels of 1250 x 1250 x 10000 mm would become"):
+        ACDCDataset(tmp_path, tmp_path / "cache", split="1:0").prepare()
 
 
 def test_the_challenges_testing_folder_is_never_trained_on(tmp_path):

@@ -133,6 +133,9 @@ def test_the_order_of_the_axes_does_not_matter(tmp_path):
 
 def test_pairs_that_cannot_be_made(tmp_path):
     (tmp_path / "gt").mkdir()
+    with pytest.raises(InputError, match="--pred .*no such folder"):
+        find_pairs(tmp_path / "nowhere", tmp_path / "gt")
+    (tmp_path / "pred").mkdir()
     with pytest.raises(InputError, match="--pred .*predict first"):
         find_pairs(tmp_path / "pred", tmp_path / "gt")
     write(tmp_path / "pred" / "patient002_frame01.nii.gz", heart())

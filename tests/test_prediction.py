@@ -454,3 +454,15 @@ def test_without_a_run_the_data_sets_own_settings_count(toy, tmp_path):
     assert toy.run("--model_state", tmp_path / "model", "--input", toy.data / "case2.nii", source=()) == 0
     content = json.loads((toy.out / "model.json").read_text())
     assert content["flops"]["unpruned"] is None and content["flops"]["now"] > 0  # 4 levels, the data set has 3
+
+
+def test_a_byte_order_mark_in_the_records_changes_nothing(toy):
+    from lib.record import mixed_jobs
+
+    assert toy.run() == 0
+    for name in RECORDS:
+        (toy.out / name).write_text((toy.out / name).read_text(), encoding="utf-8-sig")
+    assert mixed_jobs(toy.out, ["case1.nii.gz"]) is None and toy.run("--skip_existing") == 0
+    model = json.loads((toy.out / "model.json").read_text(encoding="utf-8-sig")) | {"sha256": "another"}
+    (toy.out / "model.json").write_text(json.dumps(model), encoding="utf-8-sig")
+    assert "another model" in mixed_jobs(toy.out, ["case1.nii.gz"])

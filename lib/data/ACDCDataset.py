@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset
-from lib.data.cache import SubjectFiles, first_found, subject_files
+from lib.data.cache import SubjectFiles, all_found, subject_files
 from lib.data.nifti import stem
 from lib.data.preprocessing import Preprocessing
 
@@ -53,13 +53,11 @@ class ACDCDataset(BaseDataset):
     @classmethod
     def find(cls, root: Path) -> list[SubjectFiles]:
         """Both frames of every patient; the whole cine (`_4d`) is left aside."""
-        return first_found(cls._in_folder(folder) for folder in (root / "training", root))
+        return all_found(cls._in_folder(folder) for folder in (root / "training", root))
 
     @staticmethod
     def _in_folder(folder: Path) -> list[SubjectFiles]:
-        names = {stem(path): path.parent for path in sorted(folder.glob("patient*/patient*_frame*.nii*"))}
-        return [
-            subject_files(name, place, (name,), (f"{name}_gt",))
-            for name, place in names.items()
-            if name and re.fullmatch(r"patient\d{3}_frame\d{2}", name) and place.name == name[:10]
-        ]
+        paths = sorted(folder.glob("patient*/patient*_frame*.nii*"))
+        own = re.compile(r"(patient\d{3})/\1_frame\d{2}")  # a copy in another folder is not the patient's
+        subjects = {stem(path): path.parent for path in paths if own.fullmatch(f"{path.parent.name}/{stem(path)}")}
+        return [subject_files(name, place, (name,), (f"{name}_gt",)) for name, place in subjects.items()]

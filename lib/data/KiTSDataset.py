@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.BaseDataset import BaseDataset
-from lib.data.cache import SubjectFiles, first_found, subject_files
+from lib.data.cache import SubjectFiles, all_found, subject_files
 from lib.data.nifti import stem
 from lib.data.preprocessing import Preprocessing
 
@@ -52,7 +52,7 @@ class KiTSDataset(BaseDataset):
     @classmethod
     def find(cls, root: Path) -> list[SubjectFiles]:
         """Every case that has an image."""
-        return first_found(cls._in_folder(folder) for folder in (root, root / "data", root / "dataset"))
+        return all_found(cls._in_folder(folder) for folder in (root, root / "data", root / "dataset"))
 
     @staticmethod
     def _in_folder(folder: Path) -> list[SubjectFiles]:

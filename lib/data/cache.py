@@ -16,7 +16,14 @@ import torchio as tio
 
 from lib.checksum import digest, file_digest
 from lib.data import nifti
-from lib.data.preprocessing import Preprocessing, in_own_frame, preprocessed_shape, standardize, standardize_label
+from lib.data.preprocessing import (
+    Preprocessing,
+    check_size,
+    in_own_frame,
+    preprocessed_shape,
+    standardize,
+    standardize_label,
+)
 from lib.error import InputError
 from lib.lock import locked
 
@@ -44,15 +51,12 @@ def subject_files(subject: str, folder: Path, images: Iterable[str], labels: Ite
     return SubjectFiles(subject, image, label)
 
 
-def first_found(layouts: Iterable[list[SubjectFiles]]) -> list[SubjectFiles]:
-    """What the first layout that has something finds. Raises InputError if another one has one of these subjects."""
+def all_found(layouts: Iterable[list[SubjectFiles]]) -> list[SubjectFiles]:
+    """What is found in all layouts, by id in ascending order. Raises InputError if two of them have one subject."""
     found: dict[str, SubjectFiles] = {}
-    for files in layouts:
-        for file in files:
-            if file.id in found:
-                nifti.only(file.id, (found[file.id].image, file.image))
-        found = found or {file.id: file for file in files}
-    return list(found.values())
+    for file in (file for files in layouts for file in files):
+        nifti.only(file.id, (found.setdefault(file.id, file).image, file.image))
+    return [found[id_] for id_ in sorted(found)]
 
 
 def identify(files: SubjectFiles) -> dict[str, str]:
@@ -95,7 +99,9 @@ def opened(folder: Path) -> Iterator[None]:
 
 def stored_bytes(files: SubjectFiles, preprocessing: Preprocessing) -> int:
     """How much `store` will write for a subject, by the image's header. Raises InputError if that is broken."""
-    shape = preprocessed_shape(nifti.read_geometry(files.image), preprocessing)
+    geometry = nifti.read_geometry(files.image)
+    check_size(files.image, geometry, preprocessing)
+    shape = preprocessed_shape(geometry, preprocessing)
     return math.prod(shape) * (5 if files.label is not None else 4)
 
 

@@ -9,6 +9,8 @@ import gzip
 import hashlib
 import io
 import math
+import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,8 +271,9 @@ def stem(path: Path) -> str | None:
 
 
 def only(case: str, candidates: Iterable[Path]) -> Path | None:
-    """The one file of the candidates that is there, None if none is. Raises InputError if there are two."""
-    there = [path for path in dict.fromkeys(candidates) if path.is_file()]
+    """The one file of the candidates that is there, None if none is; a link that leads nowhere is there, and an error
+    to its reader. Raises InputError if there are two."""
+    there = list({path.resolve(): path for path in candidates if os.path.lexists(path)}.values())
     if len(there) > 1:
         raise InputError(f"{case}: both {there[0]} and {there[1]} are there; take away the one that is not meant")
     return there[0] if there else None
@@ -319,7 +322,7 @@ def _unreadable(path: str | Path, error: Exception) -> InputError:
     if isinstance(error, OSError) and error.strerror:
         return InputError(f"{path}: cannot be read ({error.strerror})")
     reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{path}: cannot be read as a NIfTI image ({reason})")
+    return InputError(f"{path}: cannot be read as a NIfTI image ({reason}); restore it from where it came")
 
 
 def _header_of(path: Path) -> nib.Nifti1Header:
@@ -347,8 +350,10 @@ def _read_header(stream: io.BufferedIOBase) -> nib.Nifti1Header:
     block += stream.read(int(offset) - len(block))
     if len(block) < offset:
         raise EOFError("it ends within its header")
-    kind.from_fileobj(io.BytesIO(block))  # raises where nibabel's checks find what cannot be mended
-    return kind.from_fileobj(io.BytesIO(block), check=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd extensions
+        kind.from_fileobj(io.BytesIO(block))  # raises where nibabel's checks find what cannot be mended
+        return kind.from_fileobj(io.BytesIO(block), check=False)
 
 
 def _spatial_shape(path: str | Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
@@ -375,9 +380,16 @@ def _read_voxels(stream: io.BufferedIOBase, dtype: np.dtype, shape: tuple[int, .
 
 def _check_end(stream: io.BufferedIOBase) -> None:
     """Read on to the end, where the checksum is checked. Zeros may follow the last voxel, nothing else."""
-    while piece := stream.read(PIECE):
-        if piece.strip(b"\0"):
-            raise ValueError("other bytes follow its last voxel")
+    try:
+        while piece := stream.read(PIECE):
+            if piece.strip(b"\0"):
+                raise ValueError("other bytes follow its last voxel")
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):
+            raise
+        raise ValueError("other bytes follow its end") from error
+    except EOFError as error:
+        raise EOFError("its end is cut off, or other bytes follow it") from error
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

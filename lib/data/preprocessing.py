@@ -13,6 +13,9 @@ import torchio as tio
 from torch import Tensor
 
 from lib.data import nifti
+from lib.error import InputError
+
+LARGEST = 1000  # times the voxels of the file: a preprocessed volume
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,17 @@ def preprocessed_shape(geometry: nifti.Geometry, preprocessing: Preprocessing) -
     shape, spacing_mm = (np.array(sizes)[axes] for sizes in (geometry.shape, geometry.spacing_mm))
     size, _ = _resampled(shape, spacing_mm, preprocessing.spacing_mm)
     return tuple(np.maximum(size, preprocessing.min_size or 1).tolist())
+
+
+def check_size(path: Path, geometry: nifti.Geometry, preprocessing: Preprocessing) -> None:
+    """Raise InputError where resampling would make a volume absurdly large, before there is too little memory."""
+    new, old = (math.prod(shape) for shape in (preprocessed_shape(geometry, preprocessing), geometry.shape))
+    if new > LARGEST * max(old, math.prod(preprocessing.min_size or (1,))):
+        sizes = " x ".join(f"{mm:g}" for mm in geometry.spacing_mm)
+        raise InputError(
+            f"{path}: its voxels of {sizes} mm would become {new / old:.0f} times as many; mend the voxel size, or its "
+            "unit, in the header"
+        )
 
 
 def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:
