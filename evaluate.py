@@ -5,13 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from lib.checkpoint import write_json
+from lib.checkpoint import check_writable, write_json
 from lib.data import DATASETS
 from lib.data.nifti import scale_note
 from lib.error import InputError
 from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
 from lib.metric import TOLERANCE_MM
-from lib.record import mixed_jobs
+from lib.record import foreign_files, mixed_jobs
 from lib.utils import Parser, number, one_of, run_script
 
 
@@ -31,13 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.output.exists() and not args.overwrite:
             raise InputError(f"--output {args.output}: exists already; give --overwrite or another --output")
+        check_writable(args.output, "--output")
         dataset = DATASETS[args.data]
         folders = [Path(root) / dataset.folder for root in (os.environ.get("SAURON_DATA", "data"), "data")]
         own = next((folder for folder in folders if folder.is_dir()), folders[0])
         found = find_pairs(args.pred, args.gt or own)
         rules = Rules(dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.regions)
         summary = read_model_summary(args.pred)
-        if mixed := mixed_jobs(args.pred, (prediction.name for prediction, _ in found.pairs.values())):
+        names = [prediction.name for prediction, _ in found.pairs.values()]
+        if mixed := mixed_jobs(args.pred, names):
             raise InputError(f"--pred {args.pred}: {mixed}; finish with predict.py --skip_existing, or --overwrite all")
         results = evaluate(found.pairs, rules, args.num_workers)
         try:
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
         print(format_table(results, dataset.class_names, summary))
         note = scale_note(path for pair in found.pairs.values() for path in pair)
-        for line in [*found.notes(), *([note] if note else [])]:
+        for line in [*found.notes(), *foreign_files(args.pred, names), *([note] if note else [])]:
             print(line)
 
     return run_script(run)

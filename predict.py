@@ -22,6 +22,7 @@ from lib.prediction import (
     choose_images,
     describe,
     describe_job,
+    drop_probabilities,
     input_images,
     outputs_of,
     partition_images,
@@ -134,6 +135,8 @@ def predict(args: argparse.Namespace) -> None:
             start()
         if not noted and (noted := scale_note([path])):
             tqdm.write(noted)
+        if not args.probabilities:
+            drop_probabilities(subject, record, args.overwrite)
         *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
         for output in probabilities:
             put(prediction.probabilities, prediction, output, record)
@@ -151,7 +154,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Predict as `argv` says; returns the exit code of `run_script`."""
-    return run_script(lambda: run(argv), "what is written is whole; go on with --skip_existing")
+    return run_script(lambda: run(argv), "what is written is whole; go on with --skip_existing, or do it again")
 
 
 if __name__ == "__main__":

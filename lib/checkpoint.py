@@ -154,8 +154,11 @@ def starting_point(
 def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
     """Have `write` fill a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
 
-    Raises InputError, which names the path and the reason, if that fails; without `replace` also where `path` exists.
+    Raises InputError, which names the path and the reason, if that fails; without `replace` also where `path` exists,
+    and always where it is no ordinary file (a folder, a device).
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no ordinary file; give another name")
     try:
         with closing(_open_temporary(path)) as held:
             temporary = Path(held.name)
@@ -172,6 +175,15 @@ def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = 
         raise InputError(f"{path}: exists already; give --overwrite or another --output") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise InputError where it is plain, before any work, that a file cannot be written to `path`."""
+    there = next(place for place in path.absolute().parents if place.exists())
+    if path.exists() and not path.is_file():
+        raise InputError(f"{flag} {path}: is no ordinary file; give another name")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: cannot be written ({there} is no folder, or read-only); give another place")
 
 
 def _open_temporary(path: Path) -> BinaryIO:

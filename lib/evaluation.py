@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from lib.checksum import file_digest
 from lib.data.nifti import SUFFIXES, aligned, only, read_label, stem
 from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
@@ -160,6 +161,7 @@ def evaluate(pairs: dict[str, tuple[Path, Path]], rules: Rules, num_workers: int
     `evaluate_pair` gives it. `num_workers` processes share the work; they are started afresh ("spawn"), which is safe
     whatever the calling process has imported. Raises InputError as `evaluate_pair` does.
     """
+    before = {path: file_digest(path) for path, _ in pairs.values()}
     arguments = (*zip(*pairs.values(), strict=True), repeat(rules))
     num_workers = min(num_workers, len(pairs))
     if num_workers == 1:
@@ -167,6 +169,9 @@ def evaluate(pairs: dict[str, tuple[Path, Path]], rules: Rules, num_workers: int
     else:
         with worker_pool(num_workers, method="spawn") as pool:
             subjects = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
+    for path, digest in before.items():
+        if not path.exists() or file_digest(path) != digest:
+            raise InputError(f"{path}: changed while it was evaluated; evaluate again when nothing writes there")
     average, n = _mean(subjects), _count(subjects)
     return {**dict(zip(pairs, subjects, strict=True)), "average": average, "n": n}
 

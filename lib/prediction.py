@@ -150,6 +150,16 @@ def begin(record: Record, job: dict, images: dict[str, Path], probabilities: boo
     write_json(record.folder / "model.json", description)
 
 
+def drop_probabilities(subject: str, record: Record, overwrite: bool) -> None:
+    """Delete the probabilities that lie beside labels that are now replaced without any, if they are to be overwritten
+    or another job's. Raises OSError."""
+    path, _ = outputs_of(subject, record.folder, probabilities=True)
+    if path.exists():
+        entry = record.entry(path.name)
+        if overwrite or (entry and entry["job"] != record.job):
+            path.unlink()
+
+
 def put(array: np.ndarray, prediction: Prediction, output: Path, record: Record) -> None:
     """Write labels or probabilities of a prediction; whenever the process ends, the record knows what stands there."""
     save(array, prediction.header, output, partial(record.announce, output.name, prediction.source))

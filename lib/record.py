@@ -81,7 +81,7 @@ def read_record(folder: Path) -> Record:
             raise ValueError(f"version {content['version']}")
         _check(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error!r}); give another --output, or predict anew") from error
+        raise InputError(f"{path}: cannot be read ({error!r}); restore or delete it, then give --overwrite") from error
     files = {name: entries for name, entries in content["files"].items() if (folder / name).is_file()}
     record = Record(folder, content["job"], set(content["pending"]), content["jobs"], files)
     for name, entries in files.items():
@@ -187,6 +187,14 @@ def identified(path: Path) -> Iterator[dict]:
     yield before
     if source_identity(path) != before:
         raise InputError(f"{path}: changed while it was read; start again")
+
+
+def foreign_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """A line for the screen if some of the predictions `names` are not as the record of the folder says: edited since,
+    or from elsewhere. Raises InputError if the record is damaged."""
+    record = read_record(folder)
+    others = [name for name in names if name in record.files and record.entry(name) is None]
+    return [f"not as they were predicted, but edited or from elsewhere: {', '.join(others)}"] if others else []
 
 
 def mixed_jobs(folder: Path, names: Iterable[str]) -> str | None:

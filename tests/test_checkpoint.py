@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -318,3 +319,12 @@ def test_a_broken_note_of_the_subjects_is_one_line(tmp_path, text):
     (tmp_path / "subjects.json").write_text(text)
     with pytest.raises(InputError, match=r"subjects\.json: is broken"):
         checkpoint.changed_subjects(tmp_path, CONTENT)
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(InputError, match=f"{name}: is no ordinary file"):
+            checkpoint.write_text(tmp_path / name, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"] and not (tmp_path / "pipe").is_file()

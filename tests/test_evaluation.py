@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate as script
+import lib.evaluation
 from lib.error import InputError
 from lib.evaluation import Rules, evaluate, evaluate_pair, find_pairs, format_table, read_model_summary
 from lib.metric import METRICS, label_metrics
@@ -259,3 +260,25 @@ def test_nothing_is_written_after_bad_input(folders, capsys):
     assert script.main(arguments) == 2
     assert not output.exists()
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_prediction_that_changes_while_it_is_evaluated_is_refused(tmp_path, monkeypatch):
+    pairs = {}
+    for name in ("a", "b"):
+        path = write(tmp_path / f"{name}.nii.gz", heart())
+        pairs[name] = path, write(tmp_path / f"{name}_gt.nii.gz", heart())
+    monkeypatch.setattr(lib.evaluation, "evaluate_pair", lambda *_: write(path, heart(moved=1)) and {"dice": [1.0]})
+    with pytest.raises(InputError, match=r"b\.nii\.gz: changed while it was evaluated"):
+        evaluate(pairs, Rules(4))
+
+
+@pytest.mark.parametrize("kind", ["folder", "beneath a file"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, kind, capsys, monkeypatch):
+    for folder in ("pred", "gt"):
+        write(tmp_path / folder / "a.nii.gz", heart())
+    (tmp_path / "file").touch()
+    output = {"folder": tmp_path / "pred", "beneath a file": tmp_path / "file" / "results.json"}[kind]
+    monkeypatch.setattr(script, "evaluate", lambda *_: pytest.fail("evaluated"))
+    argv = ["--data", "acdc", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--output", output, "--overwrite"]
+    assert script.main(list(map(str, argv))) == 2
+    assert f"--output {output}: " in capsys.readouterr().err

@@ -466,3 +466,21 @@ def test_a_byte_order_mark_in_the_records_changes_nothing(toy):
     model = json.loads((toy.out / "model.json").read_text(encoding="utf-8-sig")) | {"sha256": "another"}
     (toy.out / "model.json").write_text(json.dumps(model), encoding="utf-8-sig")
     assert "another model" in mixed_jobs(toy.out, ["case1.nii.gz"])
+
+
+def test_no_probabilities_of_another_model_stay_beside_new_labels(toy, other):
+    assert toy.run("--probabilities") == 0
+    assert toy.run("--model_state", other.model, "--overwrite") == 0
+    assert names(toy.out) == sorted([f"case{i}.nii.gz" for i in (1, 2, 3)] + RECORDS)
+    assert predictions(toy.out) == other.predictions
+
+
+def test_predictions_that_are_not_as_they_were_made_are_named(toy, other):
+    from lib.record import foreign_files
+
+    assert toy.run() == 0
+    files = [f"case{i}.nii.gz" for i in (1, 2, 3)]
+    assert foreign_files(toy.out, files) == [] == foreign_files(toy.data, files)
+    (toy.out / "case2.nii.gz").write_bytes(other.predictions["case2.nii.gz"])
+    (line,) = foreign_files(toy.out, files)
+    assert line.endswith("elsewhere: case2.nii.gz")

@@ -41,6 +41,7 @@ from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.filters import format_filters
 from lib.inference import default_batch_size, predict_volume
+from lib.lock import made
 from lib.models import count_filters, load_model, resized, summary
 from lib.models.nnUNet import nnUNet
 from lib.utils import (
@@ -651,6 +652,12 @@ def finished_rows(plan: Plan) -> dict[str, list[int]]:
 
 def benchmark(args: argparse.Namespace) -> None:
     plan = make_plan(args)
+    with made(plan.output):
+        run_plan(plan)
+
+
+def run_plan(plan: Plan) -> None:
+    """Do what is not done yet, and write the table."""
     check_settings(plan)
     check_runs(plan)
     tasks = list(product(plan.seeds, plan.rows))
