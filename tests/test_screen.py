@@ -70,7 +70,15 @@ def test_a_program_that_uses_the_modules_keeps_its_streams():
     assert python(code).stdout == "whole\n"
 
 
-@pytest.mark.parametrize(("own", "spins"), [({}, 0), ({"OMP_WAIT_POLICY": "ACTIVE"}, 30000000000)])
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [
+        ({}, 10000),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, 0),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 30000000000),
+        ({"GOMP_SPINCOUNT": "7"}, 7),
+    ],
+)
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(own, spins):
     """OpenMP tells how often a thread looks before it sleeps, as it is loaded: 300000 times by default."""
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

@@ -56,7 +56,7 @@ def test_busy_compares_openmps_own_waiting_with_ours(monkeypatch, capsys):
 
     def made_up(policy, _args):
         assert all(process.poll() is None for process in running)
-        return {None: 0.4, "PASSIVE": 0.1}[policy] * (1 + len(running))
+        return {None: 0.4, "PASSIVE": 0.1}[policy.get("OMP_WAIT_POLICY")] * (1 + len(running))
 
     monkeypatch.setattr(speed, "in_new_process", made_up)
     monkeypatch.setattr(speed, "_n_cores", lambda: 3)
@@ -76,7 +76,7 @@ def test_a_step_is_timed_in_a_process_whose_threads_wait_as_openmp_lets_them(mon
     monkeypatch.setattr(speed.subprocess, "run", lambda *args, **how: told.append(run(*args, **how)) or told[-1])
     settings = {"device": "cpu", "data": "phantom", "threads": 1, "fms_init": 4, "levels": 3, "batch_size": 2}
     args = argparse.Namespace(**settings, steps=1, patch_size=(32, 32))
-    assert 0 < speed.in_new_process(None, args) < 300
+    assert 0 < speed.in_new_process({}, args) < 300
     if "GOMP_SPINCOUNT" not in told[0].stderr:
         pytest.skip("this is not GNU's OpenMP")
     assert "GOMP_SPINCOUNT = '300000'" in told[0].stderr

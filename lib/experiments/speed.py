@@ -56,10 +56,11 @@ COMMANDS = {
     "a time",
     "evaluate": "metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory",
     "busy": "a training step whose threads wait for one another as OpenMP lets them by default over one whose threads "
-    "wait as ours do (OMP_WAIT_POLICY, PASSIVE unless it is set), on the quiet machine, and beside as many busy "
+    "wait as ours do (see lib/__init__.py), on the quiet machine, and beside as many busy "
     "processes as there are cores",
 }
 ROOT = Path(__file__).resolve().parents[2]
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how threads of OpenMP wait
 SHARE = 0.1  # of the FLOPs that a pruned network keeps
 
 
@@ -439,10 +440,9 @@ def timed_steps(args: argparse.Namespace) -> float:
     return median(seconds[2:])
 
 
-def in_new_process(wait_policy: str | None, args: argparse.Namespace) -> float:
-    """`timed_steps` of a process in which OpenMP finds this OMP_WAIT_POLICY as it is loaded, or none."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": wait_policy} if wait_policy else {}
+def in_new_process(waiting: dict[str, str], args: argparse.Namespace) -> float:
+    """`timed_steps` of a process in which OpenMP finds these variables of `WAITING` as it is loaded."""
+    environment = {key: value for key, value in os.environ.items() if key not in WAITING} | waiting
     code = (
         "import sys, torch; from lib.experiments import speed;"  # torch first: `lib` would set the policy
         "speed.main([*sys.argv[1:], '--child'])"
@@ -471,8 +471,9 @@ def busy(args: argparse.Namespace) -> None:
     if args.child:
         print(timed_steps(args))
         return
-    policies = {"OpenMP's own waiting": None, "ours": os.environ["OMP_WAIT_POLICY"]}
-    print(f"{args.threads} threads, {_n_cores()} cores; ours: OMP_WAIT_POLICY={policies['ours']}")
+    policies = {"OpenMP's own waiting": {}, "ours": {key: os.environ[key] for key in WAITING if key in os.environ}}
+    ours = " ".join(f"{key}={value}" for key, value in policies["ours"].items())
+    print(f"{args.threads} threads, {_n_cores()} cores; ours: {ours}")
     for where, n in (("quiet", 0), ("busy", _n_cores())):
         seconds = {f"{where}, {name}": [] for name in policies}
         with busy_processes(n):
