@@ -14,15 +14,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.checksum import file_digest
-from lib.data.nifti import SUFFIXES, aligned, only, read_label, stem
+from lib.data.nifti import PROBABILITIES, SUFFIXES, TRUTH, aligned, only, read_label, stem
 from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.stop import check_stopped
 from lib.text import read_text
 from lib.workers import worker_pool
 
-PROBABILITIES = "_probabilities"
-TRUTH = "_gt"
 FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
@@ -88,14 +86,17 @@ def find_pairs(predictions: Path, truths: Path) -> Pairs:
         raise InputError(f"--gt {truths}: no such folder; give the one that holds the ground truth")
     pairs: dict[str, tuple[Path, Path]] = {}
     cases: dict[str, Path] = {}
+    flat = {stem(path) for path in set(truths.glob("*.nii*")) - set(files) if stem(path)}
+    marked = {name for name in flat if name.lower().endswith(TRUTH)}  # beside them, others are images
     for path in files:
         if stem(path) in RESERVED:
             raise InputError(f"{path}: the results use this name for something else; rename the file")
         case = _case(stem(path))
         if cases.setdefault(case, path) != path:
             raise InputError(f"--pred: {case}: both {cases[case]} and {path} are there; take away the one not meant")
-        pairs[stem(path)] = path, _find_truth(path, case, truths)
-    alone = sorted(_all_truths(truths, set(files)) - set(cases))
+        pairs[stem(path)] = path, _find_truth(path, case, truths, not marked)
+    flat_truths = {name[: -len(TRUTH)] for name in marked} or flat
+    alone = sorted(_all_truths(truths, flat_truths) - set(cases))
     return Pairs(pairs, alone, left_out)
 
 
@@ -103,12 +104,12 @@ def _case(subject: str) -> str:
     return re.sub(r"^prediction_(?=\d{5}$)", "case_", subject)
 
 
-def _find_truth(prediction: Path, case: str, truths: Path) -> Path:
-    """The file with the ground truth of one prediction; InputError if there is none, or more than one."""
+def _find_truth(prediction: Path, case: str, truths: Path, unmarked: bool) -> Path:
+    """The file with the ground truth of one prediction; InputError if there is none, or more than one. `unmarked`:
+    whether it may be a file of the case's very name."""
     nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
     wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
-    marked = any(stem(path) and stem(path).lower().endswith(TRUTH) for path in truths.glob("*.nii*"))
-    for names in (wanted, [] if marked else [case]):  # beside files *_gt, others are images
+    for names in (wanted, [case] * unmarked):
         paths = [truths / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
         if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
             return found
@@ -118,11 +119,10 @@ def _find_truth(prediction: Path, case: str, truths: Path) -> Path:
     )
 
 
-def _all_truths(truths: Path, predictions: set[Path]) -> set[str]:
-    """The subjects of all ground truths under `truths`, in the places where `_find_truth` looks."""
-    flat = {stem(path) for path in truths.glob("*.nii*") if stem(path) and path not in predictions}
-    marked = {name for name in flat if name.lower().endswith(TRUTH)}
-    found = {name[: -len(TRUTH)] for name in marked} or flat
+def _all_truths(truths: Path, flat: set[str]) -> set[str]:
+    """The subjects of all ground truths under `truths`, in the places where `_find_truth` looks; `flat` are those in
+    the folder itself."""
+    found = set(flat)
     for folder in FOLDERS:
         for path in (truths / folder).glob("*/*.nii*"):
             name = stem(path) or ""

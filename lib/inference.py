@@ -26,6 +26,7 @@ from lib.data.preprocessing import (
     preprocess,
     to_original_grid,
 )
+from lib.record import as_source
 from lib.stop import check_stopped
 
 
@@ -145,7 +146,7 @@ def predict_file(
         labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
         if kept is not None:
             kept[slab] = part.movedim(0, -1)
-    source = {"path": str(Path(path).resolve()), "size": original.n_bytes, "sha256": original.sha256}
+    source = as_source(original.path, original.n_bytes, original.sha256)
     stored = partial(nifti.in_stored_order, geometry=original.geometry, codes=preprocessing.orientation)
     return Prediction(stored(labels), None if kept is None else stored(kept), original.header, source)
 

@@ -12,14 +12,13 @@ from tqdm import tqdm
 from lib.amp import faster_precision
 from lib.checkpoint import sweep, write_json
 from lib.data.BaseDataset import BaseDataset
-from lib.data.nifti import stem
+from lib.data.nifti import PROBABILITIES, TRUTH, stem
 from lib.error import InputError
 from lib.inference import Prediction, save, trial_prediction
 from lib.models import summary
 from lib.models.nnUNet import nnUNet
 from lib.record import Record, check_others, is_done
 
-NO_IMAGES = ("_gt", "_probabilities")  # ends of the names of what may lie among images
 DEFAULT_SEED = 42  # of the split, as in training
 METHOD = 1  # raise it whenever the same job gives other predictions of the same image
 
@@ -80,13 +79,13 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
         name = stem(path)
         if name is None:
             continue
-        if source.is_dir() and name.lower().endswith(NO_IMAGES):
+        if source.is_dir() and name.lower().endswith((TRUTH, PROBABILITIES)):
             left_out += 1
         elif images.setdefault(name, path) != path:
             raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
         images = images or {file.id: file.image for file in dataset.find(source)}
-    what = f"{left_out} file{'s' * (left_out > 1)} *_gt or *_probabilities, which are no images"
+    what = f"{left_out} file{'s' * (left_out > 1)} *{TRUTH} or *{PROBABILITIES}, which are no images"
     if not images:
         raise InputError(
             f"--input {source}: there is no image (.nii.gz or .nii) to predict" + (f", only {what}" if left_out else "")
@@ -115,7 +114,7 @@ def challenge_names(images: dict[str, Path], dataset: type[BaseDataset]) -> dict
 
 def outputs_of(subject: str, folder: Path, probabilities: bool) -> list[Path]:
     """The files of one image, the labels last: where they are, the others are too."""
-    names = [f"{subject}_probabilities.nii.gz"] * probabilities + [f"{subject}.nii.gz"]
+    names = [f"{subject}{PROBABILITIES}.nii.gz"] * probabilities + [f"{subject}.nii.gz"]
     return [folder / name for name in names]
 
 

@@ -172,10 +172,15 @@ def _is_same(described: dict, source: Path) -> bool:
     return (described["size"], described["sha256"]) == (now["size"], now["sha256"])
 
 
+def as_source(path: Path, n_bytes: int, sha256: str) -> dict:
+    """How the record describes a file of this size and SHA-256."""
+    return {"path": str(path.resolve()), "size": n_bytes, "sha256": sha256}
+
+
 def source_identity(path: Path) -> dict:
     """What says which file this is: its size and SHA-256, and its path for people. Raises InputError."""
     try:
-        return {"path": str(path.resolve()), "size": path.stat().st_size, "sha256": file_digest(path)}
+        return as_source(path, path.stat().st_size, file_digest(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({str(error.strerror).lower()}); give another file") from error
 

@@ -26,6 +26,7 @@ from nibabel.volumeutils import apply_read_scaling
 from lib.error import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
+TRUTH, PROBABILITIES = "_gt", "_probabilities"  # ends of the names of files that are neither images nor predictions
 # Two grids are one where no corner of the volume lies further away than this share of the smallest voxel. Programs
 # round the numbers of a header to float32 or to a few digits, which moves corners by a thousandth of a voxel at most;
 # and voxels that overlap by 99% are the same voxels for every metric.
