@@ -5,14 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-from lib.checkpoint import check_writable, write_json
 from lib.data import DATASETS
 from lib.data.nifti import scale_note
-from lib.error import InputError
 from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
 from lib.metric import TOLERANCE_MM
 from lib.record import foreign_files, mixed_jobs
-from lib.utils import Parser, number, one_of, run_script
+from lib.system.cli import Parser, number, one_of, run_script
+from lib.system.error import InputError
+from lib.system.files import check_writable, write_json
 
 
 def main(argv: list[str] | None = None) -> int:

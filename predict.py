@@ -8,12 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import published
-from lib.checksum import is_listed
 from lib.data import DATASETS
 from lib.data.nifti import scale_note
 from lib.inference import default_batch_size, predict_file
-from lib.lock import made
-from lib.memory import keep_freed_memory
 from lib.models import compile_model, load_model
 from lib.prediction import (
     begin,
@@ -30,8 +27,11 @@ from lib.prediction import (
     put,
 )
 from lib.record import identified, read_record
-from lib.stop import check_stopped
-from lib.utils import Parser, find_device, number, one_of, read_config, run_script
+from lib.system.cli import Parser, number, one_of, run_script
+from lib.system.device import find_device
+from lib.system.files import is_listed, made
+from lib.system.process import check_stopped, keep_freed_memory
+from lib.utils import read_config
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

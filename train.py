@@ -6,37 +6,29 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
-from lib import checkpoint, distributed, published  # before torch: see lib/__init__.py
+from lib import checkpoint, published
+from lib.system import distributed  # before torch: see lib/__init__.py
 
 # isort: split
 import torch
 
-from lib.amp import faster_precision
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
 from lib.data import build_dataset
-from lib.error import InputError
 from lib.experiments.report import report_training
-from lib.lock import locked
-from lib.log import Log, no_log
 from lib.loss import build_loss
-from lib.memory import keep_freed_memory
-from lib.models import build_model, compile_model, summary
+from lib.models import build_model, compile_model
 from lib.models.BaseModel import read_state
-from lib.stop import Stopped
+from lib.models.size import summary
+from lib.system.cli import LOST, run_script
+from lib.system.device import faster_precision, find_device
+from lib.system.error import InputError
+from lib.system.facts import facts
+from lib.system.files import locked
+from lib.system.log import Log, no_log
+from lib.system.process import Stopped, keep_freed_memory
 from lib.trainer import build_optimizer, fit, trial_step
-from lib.utils import (
-    CHANGEABLE,
-    LOST,
-    check_amp,
-    facts,
-    find_device,
-    parseArguments,
-    pruning_arguments,
-    resume_command,
-    run_script,
-    settings_of,
-)
+from lib.utils import CHANGEABLE, check_amp, parseArguments, pruning_arguments, resume_command, settings_of
 
 
 def train(argv: list[str] | None, held: ExitStack) -> None:

@@ -3,7 +3,7 @@ first: before torch is loaded, and before a file is opened that stays open."""
 
 import os
 
-from lib.screen import open_missing
+from lib.system.screen import open_missing
 
 # Threads of OpenMP that have nothing to do sleep. By default they look again and again whether the others are done, and
 # take the cores from whoever else wants to work: on a busy machine from these others. Where GNU's OpenMP is used they

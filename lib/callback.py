@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lib import checkpoint, distributed
+from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
-from lib.error import InputError
-from lib.models import count_filters, milliseconds, resized, summary
+from lib.models.size import count_filters, milliseconds, resized, summary
 from lib.pruning import (
     Threshold,
     budget_tau,
@@ -29,6 +28,8 @@ from lib.pruning import (
     tau,
     training_settled,
 )
+from lib.system import distributed
+from lib.system.error import InputError
 
 Callback = Callable[[TrainingState], None]
 

@@ -5,23 +5,31 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch.optim import Optimizer
 
-from lib import checksum
-from lib.error import InputError
-from lib.filters import format_filters
+from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.pruning import Threshold
-from lib.text import read_text
+from lib.system.error import InputError
+from lib.system.files import (
+    SUMS,
+    digest,
+    format_sums,
+    is_good,
+    read_checked,
+    read_sums,
+    read_text,
+    sweep,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 try:
     import fcntl
@@ -40,7 +48,6 @@ STATE_TYPES = {
 }
 SUBJECTS = "subjects.json"  # what a run trains and validates with
 SAVED = re.compile(r"(?:model|state)-(\d+)")
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
 
 @dataclass
@@ -151,73 +158,6 @@ def starting_point(
     return epoch, source, read_training(run / "models" / f"state-{epoch}")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
-    """Have `write` fill a temporary file beside `path`, make it durable, and rename it: whole or not there at all.
-
-    Raises InputError, which names the path and the reason, if that fails; without `replace` also where `path` exists,
-    and always where it is no ordinary file (a folder, a device).
-    """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no ordinary file; give another name")
-    try:
-        with closing(_open_temporary(path)) as held:
-            temporary = Path(held.name)
-            try:
-                write(temporary)
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
-                if not replace:
-                    path.touch(exist_ok=False)  # of two processes one succeeds
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise InputError(f"{path}: exists already; give --overwrite or another --output") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def check_writable(path: Path, flag: str) -> None:
-    """Raise InputError where it is plain, before any work, that a file cannot be written to `path`."""
-    there = next(place for place in path.absolute().parents if place.exists())
-    if path.exists() and not path.is_file():
-        raise InputError(f"{flag} {path}: is no ordinary file; give another name")
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: cannot be written ({there} is no folder, or read-only); give another place")
-
-
-def _open_temporary(path: Path) -> BinaryIO:
-    """Make a hidden file beside `path`, and lock it, which tells `sweep` that it is in use: process numbers do not, in
-    another container."""
-    while True:
-        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115 (the caller does)
-        if fcntl is None:
-            file.close()  # Windows renames no open file
-            return file
-        with suppress(OSError):  # a file system without locks, where `sweep` gets none either
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(file.name):
-            return file
-        file.close()  # `sweep` had it before it was locked
-
-
-def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed processes have left: those that nobody has locked."""
-    for path in folder.iterdir() if fcntl is not None else ():
-        if TEMPORARY.fullmatch(path.name) and path.is_file():
-            with suppress(OSError), open(path, "rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-
-
-def write_text(path: Path, text: str, **replace: bool) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text), **replace)
-
-
-def write_json(path: Path, content: object, **replace: bool) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", **replace)
-
-
 def save_checked(folder: Path, contents: dict[str, object], obsolete: Iterable[Path] = ()) -> None:
     """torch.save `contents` by file name, with their checksums, then delete what is `obsolete`.
 
@@ -227,15 +167,15 @@ def save_checked(folder: Path, contents: dict[str, object], obsolete: Iterable[P
     for name, content in contents.items():
         torch.save(content, buffer := io.BytesIO())
         files[name] = buffer.getvalue()
-    sums, new = checksum.read_sums(folder), {name: [checksum.digest(data)] for name, data in files.items()}
+    sums, new = read_sums(folder), {name: [digest(data)] for name, data in files.items()}
     both = sums | {name: sums.get(name, []) + new[name] for name in new}
-    write_text(folder / checksum.SUMS, checksum.format_sums(both))
+    write_text(folder / SUMS, format_sums(both))
     for name, data in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=data))
     for path in obsolete:
         path.unlink()
     present = {name: sums for name, sums in (both | new).items() if (folder / name).exists()}
-    write_text(folder / checksum.SUMS, checksum.format_sums(present))
+    write_text(folder / SUMS, format_sums(present))
 
 
 def state_dict(model: nnUNet) -> dict[str, torch.Tensor]:
@@ -284,7 +224,7 @@ def newest_epoch(folder: Path) -> int | None:
     """
     epochs = saved_epochs(folder)
     for epoch in reversed(epochs):
-        if all(checksum.is_good(folder / "models" / f"{kind}-{epoch}") for kind in ("model", "state")):
+        if all(is_good(folder / "models" / f"{kind}-{epoch}") for kind in ("model", "state")):
             return epoch
     if epochs:
         raise InputError(f"{folder}: model or state of epoch {epochs[-1]} is damaged, and there is no other")
@@ -294,7 +234,7 @@ def newest_epoch(folder: Path) -> int | None:
 def read_training(path: Path) -> dict:
     """Read models/state-E. Raises InputError if it is none."""
     try:
-        data = checksum.read_checked(path)
+        data = read_checked(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a run folder that has it") from error
     try:

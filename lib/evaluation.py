@@ -13,13 +13,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.checksum import file_digest
 from lib.data.nifti import PROBABILITIES, SUFFIXES, TRUTH, aligned, only, read_label, stem
-from lib.error import InputError
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
-from lib.stop import check_stopped
-from lib.text import read_text
-from lib.workers import worker_pool
+from lib.system.error import InputError
+from lib.system.files import file_digest, read_text
+from lib.system.process import check_stopped, worker_pool
 
 FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
 RESERVED = ("average", "n")  # keys of the results that are no subjects

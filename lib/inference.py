@@ -14,8 +14,6 @@ import torch
 import torchio as tio
 from torch import Tensor, nn
 
-from lib.checkpoint import write_atomically
-from lib.checksum import file_digest
 from lib.data import nifti
 from lib.data.preprocessing import (
     Grid,
@@ -27,7 +25,8 @@ from lib.data.preprocessing import (
     to_original_grid,
 )
 from lib.record import as_source
-from lib.stop import check_stopped
+from lib.system.files import file_digest, write_atomically
+from lib.system.process import check_stopped
 
 
 class Prediction(NamedTuple):

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.amp import faster_precision
-from lib.checkpoint import sweep, write_json
 from lib.data.BaseDataset import BaseDataset
 from lib.data.nifti import PROBABILITIES, TRUTH, stem
-from lib.error import InputError
 from lib.inference import Prediction, save, trial_prediction
-from lib.models import summary
 from lib.models.nnUNet import nnUNet
+from lib.models.size import summary
 from lib.record import Record, check_others, is_done
+from lib.system.device import faster_precision
+from lib.system.error import InputError
+from lib.system.files import sweep, write_json
 
 DEFAULT_SEED = 42  # of the split, as in training
 METHOD = 1  # raise it whenever the same job gives other predictions of the same image

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from lib.checkpoint import TrainingState
-from lib.error import InputError
-from lib.models import architecture, count_filters, resized, summary
+from lib.models import architecture
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
+from lib.models.size import count_filters, resized, summary
 from lib.pruning import FIRST_TAU, Threshold, step_of
-from lib.text import read_text
+from lib.system.error import InputError
+from lib.system.files import read_text
 
 LARGEST = 2**22  # bytes of a file; 500 epochs of the largest network need a tenth
 WIDEST = 2**16  # filters of a block

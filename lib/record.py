@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.checksum import digest, file_digest
-from lib.error import InputError
-from lib.text import read_text
+from lib.system.error import InputError
+from lib.system.files import digest, file_digest, read_text, write_json
 
 NAME = "predictions.json"
 VERSION = 1  # of the file
@@ -54,8 +53,6 @@ class Record:
         self.pending.discard(name)
 
     def write(self) -> None:
-        from lib.checkpoint import write_json  # needs torch
-
         used = {entry["job"] for entries in self.files.values() for entry in entries}
         content = {
             "version": VERSION,

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import distributed
 from lib.callback import Callback
 from lib.checkpoint import TrainingState
 from lib.data.BaseDataset import BaseDataset
-from lib.error import InputError
 from lib.loss import DS_CrossEntropyDiceLoss
 from lib.models.Sauron import Measured
-from lib.stop import check_stopped
+from lib.system import distributed
+from lib.system.error import InputError
+from lib.system.process import check_stopped
 
 
 def poly_lr(lr: float, epoch: int, epochs: int) -> float:

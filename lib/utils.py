@@ -1,121 +1,29 @@
 """What the scripts share: arguments and their checks, the device, and the facts that make a run repeatable."""
 
 import argparse
-import difflib
-import importlib.metadata
 import json
-import logging
 import math
 import os
-import platform
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from lib import distributed, published
+from lib import published
 from lib.data import DATASETS
 from lib.distance import DISTANCES, IMPORTANCES
-from lib.error import InputError
 from lib.loss import LOSSES
 from lib.models import MODELS
-from lib.screen import kept_screen
-from lib.stop import Stopped, stoppable
-from lib.text import read_text
+from lib.system import distributed
+from lib.system.cli import Parser, boolean, number, one_of
+from lib.system.error import InputError
+from lib.system.files import read_text
 
 # Settings that a run may change when it is continued; all others stay what they were.
 CHANGEABLE = {"epochs", "device", "num_workers", "data_path", "cache_path", "compile"}
-# What is said where another process of the same training was killed, or its machine is away.
-LOST = "another process of this training has ended, or cannot be reached"
 # Flags that say where to start or continue; they are no settings of a run.
 STARTING = {"epoch_start", "model_state", "history", "resume", "accept_changed_data"}
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises InputError, which `run_script` prints, and suggests the nearest flag for an unknown one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"{unknown[0]}: unknown argument{nearest(unknown[0], self._option_string_actions)}; see --help")
-        return parsed
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The suggestion of the known name that is most like `name`, to be put behind it; empty if none is."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {found[0]}?" if found else ""
-
-
-def one_of(names: Iterable[str]) -> dict:
-    """The keywords of an argparse argument that takes one of `names`, in upper or lower case."""
-    names = sorted(names)
-    by_lower_case = {name.lower(): name for name in names}
-
-    def parse(text: str) -> str:
-        if text.lower() not in by_lower_case:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} (known: {', '.join(names)})")
-        return by_lower_case[text.lower()]
-
-    return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
-
-
-def run_script(main: Callable[[], None], after_stop: str = "") -> int:
-    """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
-    file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go
-    on); 1 where another process of the same training is no more. What ends all ranks, one of them says. Nothing of it
-    depends on what becomes of the screen."""
-    name = Path(sys.argv[0]).name
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # we say ourselves what a broken header has
-    with kept_screen(name), stoppable():
-        try:
-            main()
-            return 0
-        except Stopped as error:
-            if distributed.is_main():
-                print(f"{name}: {error}{after_stop and '; '}{after_stop}", file=sys.stderr)
-            return 128 + error.number
-        except distributed.Elsewhere:
-            return 2
-        except InputError as error:
-            line = str(error)
-        except OSError as error:
-            line = f"{error.filename or 'a file'}: {error.strerror or error}; mend this and start again"
-        except (MemoryError, RuntimeError) as error:
-            if distributed.is_lost(error):
-                print(f"{name}: error: rank {distributed.rank()}: {LOST}; go on with --resume RUN", file=sys.stderr)
-                return 1
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
-                raise
-            line = "not enough memory; try a smaller --batch_size or --patch_size"
-        print(f"{name}: error: {line}", file=sys.stderr)
-        return 2
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of `kind` in [low, high], or (low, high]."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high and not (open_low and value == low)):
-            bounds = f"{'above' if open_low else 'at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number {bounds}")
-        return value
-
-    return parse
 
 
 def percent(text: str) -> str:
@@ -175,12 +83,6 @@ def pruning_arguments(config: dict, unpruned_flops: int) -> dict | None:
 
 def has_budget(config: dict) -> bool:
     return config["max_flops"] != "none" or config["max_ms"] is not None
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 def defaults_text(key: str) -> str:
@@ -639,62 +541,8 @@ def _flags(config: dict) -> list[str]:
     return argv
 
 
-def find_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; of several ranks each takes a GPU of its own.
-
-    Raises InputError for a device that is not here.
-    """
-    alone = distributed.world_size() == 1
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
-    if not alone and name == "cuda" and 0 < torch.cuda.device_count() <= distributed.local_rank():
-        raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here; start as many processes on a machine")
-    if not alone and name not in ("cuda", "cpu"):
-        raise InputError(f"--device {name}: of several processes each takes a GPU of its own; give cuda, or cpu")
-    if not alone and name == "cuda":
-        name = f"cuda:{distributed.local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if not alone and device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
-    return device
-
-
 def resume_command(run: Path) -> str:
     """The command line that continues a run as it was started."""
     n = distributed.world_size()
     script = "python" if n == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
     return f"{script} train.py --resume {shlex.quote(str(run))}"
-
-
-def git_revision(project: Path) -> str | None:
-    """The commit that the project in this folder is at. None where it is no repository of its own (it may lie in
-    somebody else's, or among the files of a package), or there is no git that could tell."""
-    command = ["git", "-C", str(project), "rev-parse", "--show-toplevel", "HEAD"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # of another one
-    try:
-        found = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    folder, revision = os.fsdecode(found.stdout).strip().rsplit("\n", 1)
-    return revision if Path(folder).resolve() == project.resolve() else None
-
-
-def facts(device: torch.device | None = None, script: str | None = None) -> dict:
-    """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision.
-
-    `script` is the file of the command, where Python reads it from standard input and the command does not name it.
-    """
-    packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
-    name, *arguments = sys.argv
-    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    gpu = f", {torch.cuda.get_device_name(device)}" if device and device.type == "cuda" else ""
-    return {
-        "command": shlex.join([Path(sys.executable).name, script if script and name == "-" else name, *arguments]),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}{processes}",
-        "git_revision": git_revision(Path(__file__).parents[1]),
-    }

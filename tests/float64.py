@@ -16,7 +16,7 @@ import torch
 import lib.callback
 import lib.trainer
 import train
-from lib import distributed
+from lib.system import distributed
 
 
 def in_float64() -> None:

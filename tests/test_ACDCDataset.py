@@ -8,7 +8,7 @@ from niftis import write_patients
 
 from lib.data import DATASETS
 from lib.data.ACDCDataset import ACDCDataset
-from lib.error import InputError
+from lib.system.error import InputError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "acdc"
 TEST = [2, 10, 11, 16, 38, 42, 43, 46, 49, 51, 56, 57, 66, 71, 73, 74, 77, 79, 92, 93]

@@ -16,7 +16,7 @@ from lib.data import cache, patches
 from lib.data.BaseDataset import BaseDataset
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing
-from lib.error import InputError
+from lib.system.error import InputError
 
 module = importlib.import_module("lib.data.BaseDataset")  # lib.data's attribute of that name is the class
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")

@@ -18,8 +18,8 @@ from lib.data import DATASETS
 from lib.data.KiTSDataset import KiTSDataset
 from lib.data.PhantomDataset import Phantom3DDataset
 from lib.data.preprocessing import Grid, Preprocessing, standardize, to_original_grid
-from lib.error import InputError
 from lib.models.nnUNet import nnUNet
+from lib.system.error import InputError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "kits19"
 VALIDATION = [6, 7, 8, 24, 25, 28, 30, 38, 58, 60, 62, 65, 74, 112, 145, 157, 169, 179, 194, 195, 206]

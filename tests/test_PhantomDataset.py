@@ -3,7 +3,7 @@ import pytest
 from lib.data import DATASETS
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.PhantomDataset import PhantomDataset
-from lib.error import InputError
+from lib.system.error import InputError
 
 
 class Small(PhantomDataset):

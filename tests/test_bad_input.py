@@ -17,13 +17,14 @@ import predict
 import train
 from lib import checkpoint
 from lib.data.nifti import read_geometry, read_image, read_label
-from lib.error import InputError
 from lib.evaluation import read_model_summary
-from lib.filters import read_filters
 from lib.models import load_model
 from lib.models.BaseModel import read_state
+from lib.models.filters import read_filters
 from lib.models.nnUNet import nnUNet
 from lib.record import mixed_jobs, read_record
+from lib.system.error import InputError
+from lib.system.files import read_sums
 from lib.utils import _parser, read_config
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "16", "16", "--num_workers", "0", "--device", "cpu"]
@@ -368,7 +369,7 @@ READERS = {
     "config.json": [lambda path: read_config(path.parent)],
     "model.json": [lambda path: read_model_summary(path.parent)],
     "predictions.json": [lambda path: read_record(path.parent), lambda path: mixed_jobs(path.parent, ["image.nii"])],
-    "SHA256SUMS": [lambda path: checkpoint.checksum.read_sums(path.parent)],
+    "SHA256SUMS": [lambda path: read_sums(path.parent)],
 }
 
 

@@ -13,10 +13,11 @@ import torch
 import train
 from lib import checkpoint
 from lib.data import DATASETS
-from lib.error import InputError
 from lib.experiments import benchmark
-from lib.models import load_model, nnUNet, summary
+from lib.models import load_model, nnUNet
+from lib.models.size import summary
 from lib.pruning import prune
+from lib.system.error import InputError
 
 needs_torch_pruning = pytest.mark.skipif(
     benchmark.torch_pruning is None, reason=f"needs pip install {benchmark.TORCH_PRUNING}"

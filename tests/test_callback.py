@@ -20,10 +20,11 @@ from lib.callback import (
     tensorboard,
 )
 from lib.checkpoint import TrainingState
-from lib.error import InputError
-from lib.models import Sauron, count_filters, resized, summary
+from lib.models import Sauron
 from lib.models.BaseModel import read_state
+from lib.models.size import count_filters, resized, summary
 from lib.pruning import budget_tau, prune
+from lib.system.error import InputError
 
 BOUNDS = {"between": (0, 100), "min_filters": 1, "max_prune_fraction": 1.0}
 RULE = {"tau_max": 0.3, "kappa": 15, "rho": 1, "mu": 0.02, **BOUNDS}

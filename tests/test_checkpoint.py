@@ -1,24 +1,18 @@
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import wait_until
 
 from lib import checkpoint
 from lib.checkpoint import TrainingState
-from lib.error import InputError
 from lib.models import Sauron
 from lib.models.BaseModel import read_state
 from lib.pruning import Threshold
+from lib.system.error import InputError
 
 
 def make_state(folder, epoch=3):
@@ -117,108 +111,12 @@ def test_while_a_file_is_replaced_both_the_old_and_the_new_one_are_good(tmp_path
     assert len((tmp_path / "models" / "SHA256SUMS").read_text().splitlines()) == 1
 
 
-WRITE = """
-import sys
-from pathlib import Path
-from lib.checkpoint import write_atomically
-
-def write(temporary):
-    temporary.write_text("half")
-    print("writing", flush=True)
-    sys.stdin.readline()
-    temporary.write_text("whole")
-
-write_atomically(Path(sys.argv[1]), write)
-"""
-
-
-@pytest.fixture(params=["here", "in a container"])
-def writer(request, tmp_path):
-    """A process that has half of the file "output" written, and writes on when it gets a line."""
-    apart = request.param != "here"  # with process numbers of its own, which are others here, or nobody's
-    prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"] if apart else []
-    if apart and (not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode):
-        pytest.skip("only root can give a process numbers of its own")
-    root = Path(__file__).resolve().parents[1]
-    command = [*prefix, sys.executable, "-c", WRITE, str(tmp_path / "output")]
-    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
-        yield process
-        process.kill()
-
-
-def test_a_file_that_is_being_written_is_not_swept_away(writer, tmp_path):
-    (left,) = tmp_path.iterdir()
-    checkpoint.sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == [left]
-    writer.communicate("go on\n")
-    assert writer.returncode == 0
-    assert (tmp_path / "output").read_text() == "whole"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_a_killed_process_left_is_swept_away(writer, tmp_path):
-    writer.kill()
-    writer.communicate()
-    for name in (".a.12.tmp", ".tmp", "c.1.tmp", ".d.txt"):  # the first one by an older version
-        (tmp_path / name).write_text("")
-    (tmp_path / ".e.1.tmp").mkdir()
-
-    def swept():
-        checkpoint.sweep(tmp_path)
-        return sorted(p.name for p in tmp_path.iterdir()) == [".d.txt", ".e.1.tmp", ".tmp", "c.1.tmp"]
-
-    wait_until(swept)  # in a container the process ends soon after its parent
-
-
-def test_a_file_that_was_swept_away_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
-    """A sweep can come between the making of a file and its lock."""
-    lock, swept = checkpoint.fcntl.flock, []
-
-    def sweep_then_lock(file, operation):
-        if not swept:
-            swept.append(True)
-            checkpoint.sweep(tmp_path)
-            assert not list(tmp_path.iterdir())
-        lock(file, operation)
-
-    monkeypatch.setattr(checkpoint.fcntl, "flock", sweep_then_lock)
-    checkpoint.write_text(tmp_path / "file", "text")
-    assert swept and [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "text"
-
-
-def test_a_file_that_came_up_meanwhile_is_not_replaced_unasked(tmp_path):
-    def write(temporary):
-        temporary.write_text("mine")
-        (tmp_path / "file").write_text("another's")
-
-    with pytest.raises(InputError, match="file: exists already"):
-        checkpoint.write_atomically(tmp_path / "file", write, replace=False)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "another's"}
-    checkpoint.write_json(tmp_path / "other", 1, replace=False)
-    assert (tmp_path / "other").read_text() == "1\n"
-
-
 def test_a_model_without_its_state_does_not_count(tmp_path):
     state = make_state(tmp_path)
     checkpoint.save(state)
     checkpoint.save_model(tmp_path / "models" / "model-4", state.model)  # stopped between the two files
     assert checkpoint.newest_epoch(tmp_path) == 3
     assert checkpoint.newest_epoch(tmp_path / "nowhere") is None
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
-    path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(InputError, match="file: cannot be written .disk full"):
-        checkpoint.write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_broken_state_files_are_refused(tmp_path):
@@ -319,12 +217,3 @@ def test_a_broken_note_of_the_subjects_is_one_line(tmp_path, text):
     (tmp_path / "subjects.json").write_text(text)
     with pytest.raises(InputError, match=r"subjects\.json: is broken"):
         checkpoint.changed_subjects(tmp_path, CONTENT)
-
-
-def test_what_is_no_file_is_never_replaced(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    for name in ("pipe", "folder"):
-        with pytest.raises(InputError, match=f"{name}: is no ordinary file"):
-            checkpoint.write_text(tmp_path / name, "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"] and not (tmp_path / "pipe").is_file()

@@ -17,8 +17,9 @@ import lib.callback
 import lib.data.nifti
 import predict
 import train
-from lib.filters import read_filters
-from lib.models import Sauron, count_filters, load_model, summary
+from lib.models import Sauron, load_model
+from lib.models.filters import read_filters
+from lib.models.size import count_filters, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 ACDC = ROOT.parent / "shared" / "acdc" / "training"

@@ -17,8 +17,8 @@ from float64 import in_float64
 from niftis import write_patients
 from processes import PATIENCE, Fault, Script
 
-from lib import distributed
 from lib.data import DATASETS
+from lib.system import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3

@@ -9,9 +9,9 @@ import pytest
 
 import evaluate as script
 import lib.evaluation
-from lib.error import InputError
 from lib.evaluation import Rules, evaluate, evaluate_pair, find_pairs, format_table, read_model_summary
 from lib.metric import METRICS, label_metrics
+from lib.system.error import InputError
 
 SPACING_MM = (1.5, 1.25, 8.0)
 NAMES = ("background", "RV", "myocardium", "LV")

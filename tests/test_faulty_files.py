@@ -17,8 +17,8 @@ import train
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.KiTSDataset import KiTSDataset
 from lib.data.nifti import read_geometry, read_image, read_label
-from lib.error import InputError
 from lib.models.nnUNet import nnUNet
+from lib.system.error import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "tools" / "faulty.py"
 pytestmark = pytest.mark.skipif(

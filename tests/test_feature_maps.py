@@ -10,8 +10,8 @@ import torchio as tio
 import train
 from lib.data import DATASETS
 from lib.data.cache import SubjectFiles
-from lib.error import InputError
 from lib.experiments.feature_maps import agreement, cut_patch, draw_block, find_subject, main, picture, ranking
+from lib.system.error import InputError
 
 
 @pytest.fixture(scope="module")

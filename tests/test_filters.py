@@ -1,7 +1,7 @@
 import pytest
 
-from lib.error import InputError
-from lib.filters import format_filters, read_filters
+from lib.models.filters import format_filters, read_filters
+from lib.system.error import InputError
 
 
 def test_rows_are_sorted_by_name_as_strings_and_the_last_one_counts(tmp_path):

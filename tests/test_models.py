@@ -4,10 +4,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.distance import euc_norm
-from lib.error import InputError
-from lib.filters import format_filters
-from lib.models import Sauron, architecture, count_filters, load_model, nnUNet, resized, summary
+from lib.models import Sauron, architecture, load_model, nnUNet
+from lib.models.filters import format_filters
 from lib.models.nnUNet import Conv2d, InstanceNorm
+from lib.models.size import count_filters, resized, summary
+from lib.system.error import InputError
 
 
 def test_the_published_acdc_network():

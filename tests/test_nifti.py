@@ -17,7 +17,7 @@ from nibabel.affines import from_matvec
 from niftis import oblique, oriented
 
 from lib.data import nifti
-from lib.error import InputError
+from lib.system.error import InputError
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 LPS = np.diag([-1.0, -1.0, 1.0])  # ITK's world, in nibabel's

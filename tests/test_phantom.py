@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 from lib.data.phantom import write_phantom, write_phantom3d
-from lib.error import InputError
+from lib.system.error import InputError
 
 N_PATIENTS = 8
 RV, MYOCARDIUM, LV = 1, 2, 3

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.loss import DS_CrossEntropyDiceLoss
-from lib.models import Sauron, count_filters, load_model
+from lib.models import Sauron, load_model
+from lib.models.size import count_filters
 from lib.pruning import (
     Threshold,
     budget_tau,

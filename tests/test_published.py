@@ -17,10 +17,11 @@ import predict
 import train
 from lib import checkpoint, published
 from lib.checkpoint import TrainingState
-from lib.error import InputError
-from lib.models import Sauron, count_filters, load_model, nnUNet, summary
+from lib.models import Sauron, load_model, nnUNet
 from lib.models.BaseModel import read_state
+from lib.models.size import count_filters, summary
 from lib.pruning import Threshold, raise_threshold, tau
+from lib.system.error import InputError
 from lib.utils import make_config, parseArguments, read_config, settings_of
 
 CONFIG = {

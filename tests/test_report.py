@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import train
 from lib.data import DATASETS
-from lib.error import InputError
 from lib.experiments import report as module
 from lib.experiments.report import (
     command,
@@ -30,9 +29,12 @@ from lib.experiments.report import (
     report,
 )
 from lib.experiments.report import report_training as report_at_the_end
-from lib.filters import format_filters
-from lib.models import build_model, count_filters, load_model, nnUNet, summary
-from lib.utils import facts, make_config, parseArguments
+from lib.models import build_model, load_model, nnUNet
+from lib.models.filters import format_filters
+from lib.models.size import count_filters, summary
+from lib.system.error import InputError
+from lib.system.facts import facts
+from lib.utils import make_config, parseArguments
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CPU = torch.device("cpu")

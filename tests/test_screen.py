@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PRINTING = """
 import sys
-from lib.screen import kept_screen
+from lib.system.screen import kept_screen
 with kept_screen("script.py"):
     for i in range(3):
         print(i, "x" * 5000)
@@ -64,8 +64,8 @@ def test_no_file_gets_what_is_printed_to_a_closed_stream(tmp_path):
 
 
 def test_a_program_that_uses_the_modules_keeps_its_streams():
-    code = "import sys; before = sys.stdout, sys.stderr; import lib.screen\n"
-    code += "with lib.screen.kept_screen('a'): assert sys.stdout is not before[0]\n"
+    code = "import sys; before = sys.stdout, sys.stderr; import lib.system.screen\n"
+    code += "with lib.system.screen.kept_screen('a'): assert sys.stdout is not before[0]\n"
     code += "assert (sys.stdout, sys.stderr) == before; print('whole')"
     assert python(code).stdout == "whole\n"
 

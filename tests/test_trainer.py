@@ -9,10 +9,10 @@ from torch._dynamo.utils import counters
 
 from lib import checkpoint
 from lib.checkpoint import TrainingState
-from lib.error import InputError
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron, compile_model, nnUNet
 from lib.pruning import prune
+from lib.system.error import InputError
 from lib.trainer import build_optimizer, compute_loss, fit, overlap, poly_lr, validate
 
 CPU = torch.device("cpu")

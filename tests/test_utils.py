@@ -1,27 +1,19 @@
-import argparse
 import json
-import shutil
-import subprocess
 
 import pytest
-import torch
 
 from lib.data import DATASETS
-from lib.error import InputError
+from lib.system.cli import run_script
+from lib.system.error import InputError
 from lib.utils import (
     continued_config,
-    facts,
-    find_device,
     flops_limit,
     flops_of,
-    git_revision,
     make_config,
-    number,
     parseArguments,
     pruning_arguments,
     read_config,
     resume_command,
-    run_script,
     settings_of,
 )
 
@@ -310,94 +302,6 @@ def test_a_run_of_the_time_before_budgets_has_none(tmp_path):
 
 def test_the_command_that_continues_a_run(monkeypatch):
     assert resume_command("runs/a b") == "python train.py --resume 'runs/a b'"
-    monkeypatch.setattr("lib.distributed.world_size", lambda: 8)
+    monkeypatch.setattr("lib.system.distributed.world_size", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert resume_command("run") == "torchrun --nproc_per_node=4 train.py --resume run"
-
-
-def test_numbers():
-    assert number(int, 1)("3") == 3
-    assert number(float, 0, 1)("1") == 1
-    for text in ("x", "nan", "-1", "1.01", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError):
-            number(float, 0, 1)(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
-        number(float, 0, open_low=True)("0")
-
-
-def test_devices():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("cuda:77", "nonsense"):
-        with pytest.raises(InputError, match=name):
-            find_device(name)
-
-
-def test_run_script_turns_bad_input_into_one_line(capsys):
-    def bad():
-        raise InputError("f.nii.gz: is broken")
-
-    assert run_script(bad) == 2
-    assert capsys.readouterr().err.endswith("error: f.nii.gz: is broken\n")
-    assert run_script(lambda: None) == 0
-
-
-def git(folder, *argv):
-    settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(folder), *settings, *argv]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A repository with a commit, which holds a folder that is not its own."""
-    folder = tmp_path / "a repository"
-    (folder / "copy" / "lib").mkdir(parents=True)
-    (folder / "file").write_text("text")
-    git(folder, "init")
-    git(folder, "add", ".")
-    git(folder, "commit", "-m", "first")
-    return folder
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="git is not here")
-def test_the_revision_is_that_of_the_projects_own_repository(repository, tmp_path, monkeypatch):
-    revision = git(repository, "rev-parse", "HEAD")
-    assert len(revision) == 40 and git_revision(repository) == revision
-    (tmp_path / "link").symlink_to(repository)
-    assert git_revision(tmp_path / "link") == revision
-    assert git_revision(repository / "copy") is None  # somebody else's
-    assert git_revision(tmp_path) is None
-    git(repository / "copy", "init")
-    assert git_revision(repository / "copy") is None  # without a commit
-    git(repository, "worktree", "add", str(tmp_path / "worktree"))
-    assert git_revision(tmp_path / "worktree") == revision
-    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))  # as git sets it for its hooks
-    assert git_revision(tmp_path) is None
-
-
-@pytest.mark.parametrize("there", [None, "#!/bin/sh\necho fatal >&2; exit 128\n", "no program"])
-def test_without_git_there_is_no_revision(tmp_path, monkeypatch, there):
-    if there:
-        (tmp_path / "git").write_text(there)
-        (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert facts()["git_revision"] is None
-
-
-def test_a_script_from_standard_input_is_named_in_its_command(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["-", "--data", "a b"])
-    monkeypatch.setattr("sys.executable", "/bin/python3")
-    assert facts(script="train.py")["command"] == "python3 train.py --data 'a b'"
-    assert facts()["command"] == "python3 - --data 'a b'"
-    monkeypatch.setattr("sys.argv", ["/there/train.py", "--data", "a"])
-    assert facts(script="train.py")["command"] == "python3 /there/train.py --data a"
-
-
-def test_a_run_explains_itself(monkeypatch):
-    found = facts()
-    assert found["versions"]["torch"] == torch.__version__
-    assert set(found) == {"command", "versions", "machine", "git_revision"}
-    assert facts(torch.device("cpu")) == found
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert facts(torch.device("cuda:1"))["machine"] == found["machine"] + ", GPU 1"

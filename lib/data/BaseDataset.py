@@ -26,14 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib import distributed
 from lib.data import cache, nifti, patches
 from lib.data.augmentation import augmentation
 from lib.data.cache import SubjectFiles
 from lib.data.preprocessing import Preprocessing, zscore
-from lib.error import InputError
-from lib.stop import check_stopped
-from lib.workers import worker_pool
+from lib.system import distributed
+from lib.system.error import InputError
+from lib.system.process import check_stopped, worker_pool
 
 QUEUE = 16  # volumes whose patches are mixed with one another
 
@@ -374,7 +373,7 @@ def _next(loaded: Iterator[dict], n: int) -> list[dict]:
     try:
         return list(islice(loaded, n))
     except InputError as error:  # torch hands it on with the traceback of the process in front
-        raise InputError(str(error).splitlines()[-1].removeprefix("lib.error.InputError: ")) from error
+        raise InputError(str(error).splitlines()[-1].removeprefix("lib.system.error.InputError: ")) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torchio as tio
 
-from lib.checksum import digest, file_digest
 from lib.data import nifti
 from lib.data.preprocessing import (
     Preprocessing,
@@ -24,8 +23,8 @@ from lib.data.preprocessing import (
     standardize,
     standardize_label,
 )
-from lib.error import InputError
-from lib.lock import locked
+from lib.system.error import InputError
+from lib.system.files import digest, file_digest, locked
 
 VERSION = 3  # raise it whenever the same parameters give other voxels or other files
 

@@ -23,7 +23,7 @@ from nibabel.affines import from_matvec
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
-from lib.error import InputError
+from lib.system.error import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 TRUTH, PROBABILITIES = "_gt", "_probabilities"  # ends of the names of files that are neither images nor predictions

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
 from lib.data.nifti import create
-from lib.error import InputError
+from lib.system.error import InputError
 
 _VERSION, _VERSION_3D = 1, 1  # of the images: raise it whenever the same seed gives other voxels
 _AIR, _LUNG, _MUSCLE, _LIVER, _MYOCARDIUM, _FAT, _BLOOD = 0.02, 0.08, 0.3, 0.4, 0.36, 0.9, 1.0  # brightness

@@ -13,7 +13,7 @@ import torchio as tio
 from torch import Tensor
 
 from lib.data import nifti
-from lib.error import InputError
+from lib.system.error import InputError
 
 LARGEST = 1000  # times the voxels of the file: a preprocessed volume
 

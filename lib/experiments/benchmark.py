@@ -32,30 +32,22 @@ from tqdm import tqdm
 import evaluate
 import predict
 import train
-from lib.checkpoint import newest_epoch, save_model, write_json, write_text
-from lib.checksum import file_digest
+from lib.checkpoint import newest_epoch, save_model
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset, case_number
-from lib.error import InputError
 from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.filters import format_filters
 from lib.inference import default_batch_size, predict_volume
-from lib.lock import made
-from lib.models import count_filters, load_model, resized, summary
+from lib.models import load_model
+from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
-from lib.utils import (
-    Parser,
-    facts,
-    find_device,
-    flops_limit,
-    make_config,
-    number,
-    one_of,
-    parseArguments,
-    read_config,
-    run_script,
-)
+from lib.models.size import count_filters, resized, summary
+from lib.system.cli import Parser, number, one_of, run_script
+from lib.system.device import find_device
+from lib.system.error import InputError
+from lib.system.facts import facts
+from lib.system.files import file_digest, made, write_json, write_text
+from lib.utils import flops_limit, make_config, parseArguments, read_config
 
 try:
     import torch_pruning

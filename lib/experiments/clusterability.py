@@ -22,13 +22,14 @@ from sklearn.metrics import silhouette_score
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lib.checkpoint import write_json, write_text
 from lib.distance import SMALLEST_RANGE, euc_norm
-from lib.error import InputError
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import nnUNet
-from lib.stop import check_stopped
-from lib.utils import Parser, read_config, run_script
+from lib.system.cli import Parser, run_script
+from lib.system.error import InputError
+from lib.system.files import write_json, write_text
+from lib.system.process import check_stopped
+from lib.utils import read_config
 
 # by key: the title of its panels, what its axis shows, the limits of it, and whether small values mean clustered
 MEASURES = {

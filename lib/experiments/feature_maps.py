@@ -19,15 +19,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.checkpoint import newest_epoch, write_json
+from lib.checkpoint import newest_epoch
 from lib.data import DATASETS, patches
 from lib.data.BaseDataset import BaseDataset
-from lib.error import InputError
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
-from lib.stop import check_stopped
-from lib.utils import Parser, number, read_config, run_script
+from lib.system.cli import Parser, number, run_script
+from lib.system.error import InputError
+from lib.system.files import write_json
+from lib.system.process import check_stopped
+from lib.utils import read_config
 
 
 def newest_model(run: Path) -> Path:

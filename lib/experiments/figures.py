@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lib.checkpoint import write_atomically
-from lib.error import InputError
+from lib.system.error import InputError
+from lib.system.files import write_atomically
 
 # Okabe and Ito (2008), without black and yellow
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -18,9 +18,10 @@ from torch import Tensor
 from lib.data.nifti import read_image
 from lib.data.phantom import write_phantom
 from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
-from lib.models import Sauron, summary
+from lib.models import Sauron
+from lib.models.size import summary
 from lib.pruning import deletable, kept, prune
-from lib.utils import Parser, run_script
+from lib.system.cli import Parser, run_script
 
 TAU, EPOCHS, COPIES, SIZE = 0.3, 20, 4, 64
 GONE, CHOSEN, STAYS, BEFORE = "#D55E00", "#0072B2", "#009E73", "#CCCCCC"  # Okabe and Ito's colours; grey

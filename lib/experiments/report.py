@@ -26,15 +26,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lib.checkpoint import write_text
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
-from lib.error import InputError
 from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.models import build_model, load_model, summary
-from lib.text import read_text
-from lib.utils import Parser, find_device, flops_of, has_budget, read_config, run_script
+from lib.models import build_model, load_model
+from lib.models.size import summary
+from lib.system.cli import Parser, run_script
+from lib.system.device import find_device
+from lib.system.error import InputError
+from lib.system.files import read_text, write_text
+from lib.utils import flops_of, has_budget, read_config
 
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings

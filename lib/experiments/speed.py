@@ -36,13 +36,14 @@ from lib.data.preprocessing import preprocess, read_image
 from lib.evaluation import Rules, evaluate_pair
 from lib.inference import default_batch_size, predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
-from lib.memory import keep_freed_memory
-from lib.models import summary
 from lib.models.nnUNet import ConvBlock, nnUNet
 from lib.models.Sauron import Measured, Sauron
+from lib.models.size import summary
 from lib.pruning import prune
+from lib.system.cli import Parser, number, run_script
+from lib.system.device import find_device
+from lib.system.process import keep_freed_memory
 from lib.trainer import compute_loss, train_epoch
-from lib.utils import Parser, find_device, number, run_script
 
 ABOUT = """\
 How fast the parts are, as ratios of two things that are measured in turn. Every line gives the median and the range

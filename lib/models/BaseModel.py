@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.checksum import read_checked
-from lib.error import InputError
+from lib.system.error import InputError
+from lib.system.files import read_checked
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
-"""What --amp comes to on a CPU: bfloat16 takes several times as long as float32 where there are no instructions for
-it."""
+"""The device that is computed on, and what --amp comes to there: bfloat16 takes several times as long as float32 on a
+CPU that has no instructions for it."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,34 @@ from statistics import median
 
 import torch
 
+from lib.system import distributed
+from lib.system.error import InputError
+
 ROUNDS, ENOUGH_S = 6, 2.0
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; of several ranks each takes a GPU of its own.
+
+    Raises InputError for a device that is not here.
+    """
+    alone = distributed.world_size() == 1
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if not alone and name == "cuda" and 0 < torch.cuda.device_count() <= distributed.local_rank():
+        raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here; start as many processes on a machine")
+    if not alone and name not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: of several processes each takes a GPU of its own; give cuda, or cpu")
+    if not alone and name == "cuda":
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if not alone and device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
+    return device
 
 
 def seconds_of(step: Callable[[bool], object]) -> tuple[float, float]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.error import InputError
-from lib.stop import Stopped
+from lib.system.error import InputError
+from lib.system.process import Stopped
 
 PATIENCE = timedelta(hours=2)  # the first rank may have to preprocess a data set, or wait for a lock
 

@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-import lib.amp
 import predict
 import train
-from lib.amp import faster_precision, seconds_of
 from lib.inference import trial_prediction
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron
-from lib.stop import Stopped
+from lib.system import device
+from lib.system.device import faster_precision, find_device, seconds_of
+from lib.system.error import InputError
+from lib.system.process import Stopped
 from lib.trainer import trial_step
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0", "--device", "cpu"]
+
+
+def test_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("cuda:77", "nonsense"):
+        with pytest.raises(InputError, match=name):
+            find_device(name)
 
 
 def times(monkeypatch, float32, bfloat16):
@@ -28,7 +37,7 @@ def times(monkeypatch, float32, bfloat16):
         seconds_of(step)
         return float32, bfloat16
 
-    monkeypatch.setattr(lib.amp, "seconds_of", made_up)
+    monkeypatch.setattr(device, "seconds_of", made_up)
 
 
 @pytest.fixture
@@ -56,7 +65,7 @@ def test_steps_take_turns_and_the_first_round_is_left_out(monkeypatch):
         taken.append(amp)
         clock[0] += next(seconds)
 
-    monkeypatch.setattr(lib.amp.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
     assert seconds_of(step) == pytest.approx((0.02, 0.04))
     assert taken == [False, True] * 6
 
@@ -68,7 +77,7 @@ def test_slow_steps_are_taken_once(monkeypatch):
         taken.append(amp)
         clock[0] += 66 if amp else 10
 
-    monkeypatch.setattr(lib.amp.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
     assert seconds_of(step) == (10, 66)
     assert taken == [False, True]
 

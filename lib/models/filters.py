@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lib.error import InputError
-from lib.text import read_text
+from lib.system.error import InputError
+from lib.system.files import read_text
 
 
 def format_filters(rows: list[dict[str, int]]) -> str:

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from lib import memory
-from lib.memory import keep_freed_memory
+from lib.system import process
+from lib.system.process import keep_freed_memory
 
 CODE = """
 import resource
-from lib.memory import keep_freed_memory
+from lib.system.process import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,5 +32,5 @@ def test_what_was_freed_is_used_again():
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_elsewhere_nothing_is_done(monkeypatch, system):
-    monkeypatch.setattr(memory.sys, "platform", system)
+    monkeypatch.setattr(process.sys, "platform", system)
     assert not keep_freed_memory()

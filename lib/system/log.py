@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.error import InputError
+from lib.system.error import InputError
 
 
 def no_log(_text: str) -> None:

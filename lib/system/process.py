@@ -1,5 +1,6 @@
-"""Processes that share the work, and that end with the process that started them."""
+"""What a process does of itself: it ends when it is asked to, keeps its memory, and shares work with others."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,63 @@ from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 
-from lib.error import InputError
-from lib.screen import keep_screen
-from lib.stop import check_stopped
+from lib.system.error import InputError
+from lib.system.screen import keep_screen
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C came; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class _Handler:
+    """Notes the first signal, for `check_stopped`: an exception that comes just anywhere can get lost in a destructor
+    or leave a library in disorder. Only who asks twice gets that."""
+
+    number: int | None = None
+
+    def __call__(self, number: int, _frame) -> None:
+        if self.number is not None:
+            raise Stopped(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM and Ctrl-C make `check_stopped` raise Stopped (in the main thread, which alone gets them)."""
+    handler, main = _Handler(), threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def check_stopped() -> None:
+    """To be called between two steps of work. Raises Stopped if a signal came that asks for it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _Handler) and handler.number is not None:
+        raise Stopped(handler.number)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed memory for what is allocated next; whether this is done (elsewhere nothing is).
+
+    By default every large tensor on the CPU lies in fresh pages, which the kernel must first clear: much of the time
+    of a forward pass of maps that are soon freed again.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def start_worker(initialize: Callable[[], None] | None = None) -> None:
