@@ -27,11 +27,11 @@ from lib.prediction import (
     put,
 )
 from lib.record import identified, read_record
+from lib.settings import Settings
 from lib.system.cli import Parser, number, one_of, run_script
 from lib.system.device import find_device
 from lib.system.files import is_listed, made
 from lib.system.process import check_stopped, keep_freed_memory
-from lib.utils import read_config
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -82,36 +82,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_config(model_state: Path) -> dict:
-    """The settings of the run that a model RUN/models/model-E belongs to; empty where none of ours is known."""
+def run_settings(model_state: Path) -> Settings | None:
+    """The settings of the run that a model RUN/models/model-E belongs to; None where none of ours is known."""
     path = model_state.resolve()
     run = path.parent.parent
     if path.parent.name != "models" or not (run / "config.json").exists() or not is_listed(path):
-        return {}
-    return read_config(run) if published.read_config(run) is None else {}
+        return None
+    return Settings.read(run)[0] if published.read_config(run) is None else None
 
 
-def find_images(args: argparse.Namespace, config: dict) -> dict[str, Path]:
+def find_images(args: argparse.Namespace, settings: Settings | None) -> dict[str, Path]:
     """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
     dataset = DATASETS[args.data]
     if args.input is None:
-        images = partition_images(dataset, args.original, args.partition, config, args.model_state)
+        images = partition_images(dataset, args.original, args.partition, settings, args.model_state)
     else:
         images = input_images(args.input, dataset)
     return challenge_names(images, dataset) if args.challenge_names else images
 
 
 def predict(args: argparse.Namespace) -> None:
-    config = run_config(args.model_state)
+    settings = run_settings(args.model_state)
     dataset, tta = DATASETS[args.data], not args.no_tta
-    patch_size = tuple(args.patch_size or config.get("patch_size") or dataset.patch_size)
+    patch_size = tuple(args.patch_size or (settings or dataset).patch_size)
     device = find_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     with identified(args.model_state) as source:
         model = load_model(args.model_state, device, args.in_filters, args.out_filters)
     check_model(model, args.model_state, dataset, patch_size)
-    images = find_images(args, config)
+    images = find_images(args, settings)
     record = read_record(args.output)
     batch_size = args.batch_size or default_batch_size(model.dim, device)
     precision, note = precision_of(args.amp, args.overwrite, record, model, batch_size, patch_size)
@@ -123,7 +123,7 @@ def predict(args: argparse.Namespace) -> None:
         compile_model(model, device)
 
     start = partial(
-        begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, config)
+        begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, settings)
     )
     noted = None  # the first image whose header disagrees with itself
     for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):

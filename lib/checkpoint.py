@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,10 @@ from torch.optim import Optimizer
 
 from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
-from lib.pruning import Threshold
+from lib.models.size import count_filters, resized, summary
+from lib.pruning import FIRST_TAU, Threshold, step_of
+from lib.published import History
+from lib.settings import Settings
 from lib.system.error import InputError
 from lib.system.files import (
     SUMS,
@@ -78,12 +81,12 @@ class TrainingState:
         return next((row["epoch"] for row in self.rows if row.get("budget_met")), 0)
 
 
-def new_run_folder(config: dict) -> Path:
+def new_run_folder(settings: Settings) -> Path:
     """Make <output>/<exp_name>/<data>/<id>, id the next free number.
 
     Raises InputError if it cannot be made.
     """
-    parent = Path(config["output"], config["exp_name"], config["data"])
+    parent = Path(settings.output, settings.exp_name, settings.data)
     run_id = 1
     while True:
         try:
@@ -92,18 +95,18 @@ def new_run_folder(config: dict) -> Path:
         except FileExistsError:
             run_id += 1
         except OSError as error:
-            raise InputError(f"--output {config['output']}: cannot be written to ({error.strerror})") from error
+            raise InputError(f"--output {settings.output}: cannot be written to ({error.strerror})") from error
 
 
-def begin(folder: Path, config: dict, about: dict, epoch: int | None, content: dict) -> None:
+def begin(folder: Path, settings: Settings, about: dict, earlier: dict, epoch: int | None, content: dict) -> None:
     """Clear a run folder of what killed processes have left, and write config.json: the settings, and what is to be
     known `about` the run; and subjects.json: the `content` of its data. `epoch` is the one after which an earlier run
-    goes on, None for a new run."""
+    goes on, of which `earlier` is known; None for a new run."""
     for place in (folder, folder / "models"):
         sweep(place)
     if epoch is not None:
-        about = {"continued": [*config.get("continued", []), {"after_epoch": epoch} | about]}
-    write_json(folder / "config.json", config | about)
+        about = earlier | {"continued": [*earlier.get("continued", []), {"after_epoch": epoch} | about]}
+    write_json(folder / "config.json", settings.as_dict() | about)
     write_json(folder / SUBJECTS, content)
 
 
@@ -146,14 +149,14 @@ def check_subjects(folder: Path, content: dict[str, dict[str, dict[str, str]]], 
 
 
 def starting_point(
-    config: dict, run: Path | None, epoch: int | None, model_state: str | None
+    settings: Settings, run: Path | None, epoch: int | None, model_state: str | None
 ) -> tuple[int, Path | None, dict | None]:
     """The finished epoch after which to start, the model to start from, and what models/state-E holds.
 
-    `run` goes on after `epoch`, from `model_state` or its own model; without an epoch all begins as `config` says.
+    `run` goes on after `epoch`, from `model_state` or its own model; without an epoch all begins as the settings say.
     """
     if epoch is None:
-        return config["epoch_start"], config["model_state"] and Path(config["model_state"]), None
+        return settings.epoch_start, settings.model_state and Path(settings.model_state), None
     source = Path(model_state or run / "models" / f"model-{epoch}")
     return epoch, source, read_training(run / "models" / f"state-{epoch}")
 
@@ -267,6 +270,38 @@ def restore(state: TrainingState, content: dict) -> None:
             raise InputError(f"state-{content['epoch']}: does not fit the widths of the model; give those of one epoch")
     state.epoch, state.rows, state.validation = content["epoch"], content["rows"], content["validation"]
     state.best_loss = content["best_loss"]
+
+
+def restore_published(
+    state: TrainingState, history: History, pruning: dict | None, patch_size: tuple[int, ...]
+) -> None:
+    """Give a state whose model is that of `history.epoch` the rows and thresholds of `history`; what is not known of an
+    epoch is None. `pruning` holds the arguments of the callback that prunes, None where nothing is pruned."""
+    blocks = [block.name for block in state.model.blocks() if not block.head]
+    tau = {name: history.taus.get(name, FIRST_TAU) for name in blocks}
+    patience = {name: history.patiences.get(name, 0) for name in blocks}
+    by_rule = pruning is not None and "max_flops" not in pruning
+
+    @cache
+    def measured(widths: tuple[tuple[str, int], ...]) -> dict:
+        network = resized(state.model, dict(widths))
+        counted = count_filters(network)
+        return summary(network, patch_size) | {"in_filters": counted["in"], "out_filters": counted["out"]}
+
+    first = history.epoch - len(history.train_losses) + 1
+    for epoch, (loss, widths) in enumerate(zip(history.train_losses, history.widths, strict=True), first):
+        row = {"epoch": epoch, "lr": None, "val_loss": history.val_losses.get(epoch), "val_dice": None}
+        row |= {"train_loss": loss, "seconds": None}
+        if pruning is not None:
+            newest, unknown = epoch == history.epoch, dict.fromkeys(blocks)
+            row["tau"] = tau if newest else unknown
+            row |= {"patience": patience if newest else unknown} if by_rule else {"budget_met": False, "ms": None}
+        state.rows.append(row | measured(tuple(widths.items())))
+    if by_rule:
+        before, now = history.widths[-2:][0], history.widths[-1]
+        for name in blocks:
+            step = step_of(tau[name], pruning["tau_max"], pruning["kappa"])
+            state.thresholds[name] = Threshold(step, patience[name], before[name] - now[name], before[name])
 
 
 def save_history(state: TrainingState) -> None:

@@ -56,9 +56,3 @@ class DS_CrossEntropyDiceLoss_Distance(DS_CrossEntropyDiceLoss):
 
 
 LOSSES = {loss.__name__: loss for loss in (DS_CrossEntropyDiceLoss_Distance, DS_CrossEntropyDiceLoss)}
-
-
-def build_loss(config: dict) -> nn.Module:
-    """The loss of a run's settings."""
-    loss = LOSSES[config["loss"]]
-    return loss(config["lambda_"]) if loss.uses_distances else loss()

@@ -15,6 +15,7 @@ from lib.inference import Prediction, save, trial_prediction
 from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
 from lib.record import Record, check_others, is_done
+from lib.settings import Settings
 from lib.system.device import faster_precision
 from lib.system.error import InputError
 from lib.system.files import sweep, write_json
@@ -38,23 +39,23 @@ def check_model(model: nnUNet, source: Path, dataset: type[BaseDataset], patch_s
 
 
 def partition_images(
-    dataset: type[BaseDataset], folder: Path | None, partition: str, config: dict, source: Path
+    dataset: type[BaseDataset], folder: Path | None, partition: str, settings: Settings | None, source: Path
 ) -> dict[str, Path]:
-    """The images of "train", "validation" or "test" in the data set's `folder`, by id; `config` has the settings of the
-    run of the model `source`.
+    """The images of "train", "validation" or "test" in the data set's `folder`, by id; `settings` are those of the run
+    of the model `source`.
 
     Raises InputError if there are none. Without a run it is not known what the model was trained on: the test set is
     then that of the default seed, which a line says, and the others are refused.
     """
-    if not config and partition != "test":
+    if settings is None and partition != "test":
         raise InputError(
             f"--partition {partition}: the run of {source}, and so its split, is not known; give the model inside its "
             "run folder, or --input"
         )
-    settings = {"seed_data": DEFAULT_SEED} | {key: config[key] for key in ("split", "seed_data") if key in config}
-    if not config:
+    split = {"split": settings.split, "seed_data": settings.seed_data} if settings else {"seed_data": DEFAULT_SEED}
+    if settings is None:
         tqdm.write(f"the run of {source} is not known: predicting the test set of seed {DEFAULT_SEED}")
-    images = {file.id: file.image for file in dataset(data_path=folder, **settings).files(partition)}
+    images = {file.id: file.image for file in dataset(data_path=folder, **split).files(partition)}
     if not images:
         raise InputError(f"--partition {partition} of {dataset.name}: there is no image on disk to predict")
     return images
@@ -196,16 +197,15 @@ def describe_job(
 
 
 def describe(
-    model: nnUNet, source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], config: dict
+    model: nnUNet, source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], settings: Settings | None
 ) -> dict:
     """What model.json says: the model, and its size before and after pruning (null where the former is unknown).
 
-    `source` is the model's file. `config` has the settings of its run; where they are missing, those of the data set
-    count.
+    `source` is the model's file. `settings` are those of its run; without them those of the data set count.
     """
     now, unpruned = summary(model, patch_size), {}
-    if model.levels == config.get("levels", dataset.defaults["levels"]):
-        fms_init = config.get("fms_init", dataset.defaults["fms_init"])
+    levels, fms_init = (getattr(settings, key, dataset.defaults[key]) for key in ("levels", "fms_init"))
+    if model.levels == levels:
         unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, dim=model.dim), patch_size)
     sizes = {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
     return {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}

@@ -9,17 +9,13 @@ import pickletools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from lib.checkpoint import TrainingState
 from lib.models import architecture
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
-from lib.models.size import count_filters, resized, summary
-from lib.pruning import FIRST_TAU, Threshold, step_of
 from lib.system.error import InputError
 from lib.system.files import read_text
 
@@ -166,36 +162,6 @@ def _by_epoch(folder: Path, losses: list[float], epoch: int, interval: object, w
         )
     n = min(len(losses), len(epochs))
     return dict(zip(epochs[-n:], losses[-n:], strict=True)) if n else {}
-
-
-def restore(state: TrainingState, history: History, pruning: dict | None, patch_size: tuple[int, ...]) -> None:
-    """Give a state whose model is that of `history.epoch` the rows and thresholds of `history`; what is not known of an
-    epoch is None. `pruning` holds the arguments of the callback that prunes, None where nothing is pruned."""
-    blocks = [block.name for block in state.model.blocks() if not block.head]
-    tau = {name: history.taus.get(name, FIRST_TAU) for name in blocks}
-    patience = {name: history.patiences.get(name, 0) for name in blocks}
-    by_rule = pruning is not None and "max_flops" not in pruning
-
-    @cache
-    def measured(widths: tuple[tuple[str, int], ...]) -> dict:
-        network = resized(state.model, dict(widths))
-        counted = count_filters(network)
-        return summary(network, patch_size) | {"in_filters": counted["in"], "out_filters": counted["out"]}
-
-    first = history.epoch - len(history.train_losses) + 1
-    for epoch, (loss, widths) in enumerate(zip(history.train_losses, history.widths, strict=True), first):
-        row = {"epoch": epoch, "lr": None, "val_loss": history.val_losses.get(epoch), "val_dice": None}
-        row |= {"train_loss": loss, "seconds": None}
-        if pruning is not None:
-            newest, unknown = epoch == history.epoch, dict.fromkeys(blocks)
-            row["tau"] = tau if newest else unknown
-            row |= {"patience": patience if newest else unknown} if by_rule else {"budget_met": False, "ms": None}
-        state.rows.append(row | measured(tuple(widths.items())))
-    if by_rule:
-        before, now = history.widths[-2:][0], history.widths[-1]
-        for name in blocks:
-            step = step_of(tau[name], pruning["tau_max"], pruning["kappa"])
-            state.thresholds[name] = Threshold(step, patience[name], before[name] - now[name], before[name])
 
 
 def _read_widths(folder: Path) -> dict[str, list[int]]:

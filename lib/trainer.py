@@ -25,19 +25,6 @@ def poly_lr(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 - (epoch - 1) / epochs) ** 0.9
 
 
-def build_optimizer(config: dict, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run's settings."""
-    if config["optim"] == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config["lr"], weight_decay=config["wd"])
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config["lr"],
-        weight_decay=config["wd"],
-        momentum=config["momentum"],
-        nesterov=config["nesterov"],
-    )
-
-
 def fit(
     state: TrainingState,
     criterion: nn.Module,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import lib.build
 import lib.callback
 import lib.trainer
 import train
@@ -20,13 +21,13 @@ from lib.system import distributed
 
 
 def in_float64() -> None:
-    to_device, build_model, summary = lib.trainer.to_device, train.build_model, lib.callback.summary
+    to_device, build_model, summary = lib.trainer.to_device, lib.build.build_model, lib.callback.summary
 
     def to_device_in_float64(tensor, device):
         return to_device(tensor.double() if tensor.is_floating_point() else tensor, device)
 
     lib.trainer.to_device = to_device_in_float64
-    train.build_model = lambda *args: build_model(*args).double()
+    lib.build.build_model = train.build_model = lambda *args: build_model(*args).double()
     for module in (train, lib.callback):
         module.summary = lambda model, patch_size: summary(copy.deepcopy(model).float(), patch_size)
 

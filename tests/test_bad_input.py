@@ -23,9 +23,9 @@ from lib.models.BaseModel import read_state
 from lib.models.filters import read_filters
 from lib.models.nnUNet import nnUNet
 from lib.record import mixed_jobs, read_record
+from lib.settings import Settings
 from lib.system.error import InputError
 from lib.system.files import read_sums
-from lib.utils import _parser, read_config
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "16", "16", "--num_workers", "0", "--device", "cpu"]
 PATIENTS = (1, 3, 2)  # with --split 0.9:0.1 and seed 42 two to train on, and one of the test set
@@ -329,7 +329,7 @@ def numeric_flags(parser):
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "inf", "1e", ""])
-@pytest.mark.parametrize("flag", numeric_flags(_parser()))
+@pytest.mark.parametrize("flag", numeric_flags(Settings.parser()))
 def test_every_numeric_flag_of_a_training_refuses_what_is_no_sensible_number(capsys, flag, value):
     assert_refused(train.main(["--data", "acdc", flag, value]), capsys, [flag])
 
@@ -366,7 +366,7 @@ READERS = {
     "model-1": [read_state],
     "state-1": [checkpoint.read_training],
     "filters": [read_filters],
-    "config.json": [lambda path: read_config(path.parent)],
+    "config.json": [lambda path: Settings.read(path.parent)],
     "model.json": [lambda path: read_model_summary(path.parent)],
     "predictions.json": [lambda path: read_record(path.parent), lambda path: mixed_jobs(path.parent, ["image.nii"])],
     "SHA256SUMS": [lambda path: read_sums(path.parent)],

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lib.checkpoint import TrainingState
 from lib.models import Sauron
 from lib.models.BaseModel import read_state
 from lib.pruning import Threshold
+from lib.settings import Settings
 from lib.system.error import InputError
 
 
@@ -164,11 +166,11 @@ def test_history_and_filter_files(tmp_path):
 
 
 def test_run_folders_are_numbered(tmp_path):
-    config = {"output": str(tmp_path), "exp_name": "e", "data": "d"}
-    assert [checkpoint.new_run_folder(config).name for _ in range(3)] == ["1", "2", "3"]
+    settings = Settings.of({"data": "phantom", "output": str(tmp_path)})
+    assert [checkpoint.new_run_folder(settings).name for _ in range(3)] == ["1", "2", "3"]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output"):
-        checkpoint.new_run_folder(config | {"output": str(tmp_path / "file")})
+        checkpoint.new_run_folder(replace(settings, output=str(tmp_path / "file")))
 
 
 # ---- the data that a run was trained on

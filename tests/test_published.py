@@ -16,13 +16,14 @@ from niftis import write_patients
 import predict
 import train
 from lib import checkpoint, published
-from lib.checkpoint import TrainingState
+from lib.checkpoint import TrainingState, restore_published
 from lib.models import Sauron, load_model, nnUNet
 from lib.models.BaseModel import read_state
 from lib.models.size import count_filters, summary
 from lib.pruning import Threshold, raise_threshold, tau
+from lib.settings import Settings
 from lib.system.error import InputError
-from lib.utils import make_config, parseArguments, read_config, settings_of
+from lib.utils import parseArguments, settings_of
 
 CONFIG = {
     "data": {"name": "acdc17", "classes": {"0": "background"}, "dim": "2D", "modalities": 1},
@@ -191,7 +192,7 @@ def test_a_published_config_is_told_from_ours_and_from_a_damaged_one(tmp_path):
     assert published.read_config(tmp_path) is None
     for content, found in (
         (CONFIG, CONFIG),
-        (make_config(parseArguments(["--data", "phantom"])), None),
+        (Settings.of({"data": "phantom"}).as_dict(), None),
         ({"data": {}}, None),
         ({"data": ["name"]}, None),
         ([CONFIG], None),
@@ -202,7 +203,7 @@ def test_a_published_config_is_told_from_ours_and_from_a_damaged_one(tmp_path):
         (tmp_path / "config.json").write_text(text)
         assert published.read_config(tmp_path) is None
         with pytest.raises(InputError, match="is no run folder"):
-            read_config(tmp_path)
+            Settings.read(tmp_path)
 
 
 def test_a_published_run_is_no_run_to_resume(tmp_path, model):
@@ -217,9 +218,9 @@ def go_on(run, *more, epoch=2, data="acdc"):
 
 
 def config_of(run, *more, **kwargs):
-    folder, config = settings_of(parseArguments(go_on(run, *more, **kwargs)))
+    folder, settings, _ = settings_of(parseArguments(go_on(run, *more, **kwargs)))
     assert folder is None  # a new run
-    return config
+    return settings.as_dict()
 
 
 def test_settings_are_those_of_the_run_but_for_flags(tmp_path, model):
@@ -401,7 +402,7 @@ def restored(tmp_path, model, pruning, **changes):
     (tmp_path / "new" / "models").mkdir(parents=True)
     optimizer = torch.optim.Adam(model.parameters())
     state = TrainingState(model, optimizer, tmp_path / "new", print, epoch=3)
-    published.restore(state, published.read_history(run, 3, model), pruning, (32, 32))
+    restore_published(state, published.read_history(run, 3, model), pruning, (32, 32))
     return state
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from lib.build import build_model
 from lib.data import DATASETS
 from lib.experiments import report as module
 from lib.experiments.report import (
@@ -29,12 +30,13 @@ from lib.experiments.report import (
     report,
 )
 from lib.experiments.report import report_training as report_at_the_end
-from lib.models import build_model, load_model, nnUNet
+from lib.models import load_model, nnUNet
 from lib.models.filters import format_filters
 from lib.models.size import count_filters, summary
+from lib.settings import Settings
 from lib.system.error import InputError
 from lib.system.facts import facts
-from lib.utils import make_config, parseArguments
+from lib.utils import parseArguments
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CPU = torch.device("cpu")
@@ -78,8 +80,8 @@ def made_up(tmp_path):
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         given = ["--epochs", "4", "--data_path", str(tmp_path / "gone"), *(flags if pruning else ["--no_prune"])]
-        config = make_config(parseArguments([*SMALL, *given])) | facts() | settings
-        model = build_model(config)
+        usual = Settings.of(vars(parseArguments([*SMALL, *given])))
+        config, model = usual.as_dict() | facts() | settings, build_model(usual)
         rows, size = [count_filters(model)["out"]] * 3, summary(model, (32, 32))
         if pruning:
             rows[2] = rows[0] | {"enc_ConvBlock_1": 2}
@@ -140,7 +142,7 @@ def test_examples_are_the_best_the_median_and_the_worst_subject(trained):
     for label, (rank, subject) in zip(labels, expected, strict=True):
         assert label.startswith(f"{rank}: Dice {means[subject]:.3f}\n{subject}\nslice ")
 
-    data = DATASETS["phantom"](run.config["data_path"], run.config["cache_path"], patch_size=(32, 32))
+    data = DATASETS["phantom"](run.settings.data_path, run.settings.cache_path, patch_size=(32, 32))
     volumes = {volume["id"]: volume for volume in data.validation_volumes()}
     model = load_model(trained / "models" / "model-1")
     for i, (_, subject) in enumerate(expected):
@@ -195,7 +197,7 @@ def test_byte_order_marks_do_not_matter(made_up):
     for name in ("config.json", "history.json", "validation_scores.json", "out_filters"):
         (run / name).write_text((run / name).read_text(), encoding="utf-8-sig")
     found = read_run(run)
-    assert (found.history, found.scores, found.config) == (expected.history, expected.scores, expected.config)
+    assert (found.history, found.scores, found.settings) == (expected.history, expected.scores, expected.settings)
     assert np.array_equal(found.filters, expected.filters)
 
 
@@ -315,10 +317,10 @@ def test_the_time_of_an_epoch_belongs_to_the_network_that_it_trained(made_up):
     ],
 )
 def test_the_command_repeats_the_settings(argv):
-    config = make_config(parseArguments(argv))
-    words = shlex.split(command(config | facts()))
+    settings = Settings.of(vars(parseArguments(argv)))
+    words = shlex.split(command(settings))
     assert words[:2] == ["python", "train.py"]
-    assert make_config(parseArguments(words[2:])) == config
+    assert Settings.of(vars(parseArguments(words[2:]))) == settings
 
 
 def test_texts_from_files_are_escaped(made_up):

@@ -8,12 +8,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from lib import checkpoint
+from lib.build import build_optimizer
 from lib.checkpoint import TrainingState
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron, compile_model, nnUNet
 from lib.pruning import prune
+from lib.settings import Settings
 from lib.system.error import InputError
-from lib.trainer import build_optimizer, compute_loss, fit, overlap, poly_lr, validate
+from lib.trainer import compute_loss, fit, overlap, poly_lr, validate
 
 CPU = torch.device("cpu")
 
@@ -185,9 +187,10 @@ def test_lambda_changes_the_gradient_and_a_plain_network_needs_no_distances(tmp_
 
 def test_optimizers_take_their_settings():
     model = nnUNet(1, 2, 2, 3)
-    adam = build_optimizer({"optim": "adam", "lr": 0.5, "wd": 0.25}, model)
+    adam = build_optimizer(Settings.of({"data": "acdc", "lr": 0.5, "wd": 0.25}), model)
     assert (type(adam).__name__, adam.defaults["lr"], adam.defaults["weight_decay"]) == ("Adam", 0.5, 0.25)
-    sgd = build_optimizer({"optim": "sgd", "lr": 0.5, "wd": 0.25, "momentum": 0.75, "nesterov": False}, model)
+    given = {"data": "acdc", "optim": "sgd", "lr": 0.5, "wd": 0.25, "momentum": 0.75, "nesterov": False}
+    sgd = build_optimizer(Settings.of(given), model)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.75, False)
 
 

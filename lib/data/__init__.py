@@ -26,9 +26,3 @@ def _datasets() -> "dict[str, type[BaseDataset]]":
 
     datasets = (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
     return {name: dataset for dataset in datasets for name in (dataset.name, *dataset.aliases)}
-
-
-def build_dataset(config: dict) -> "BaseDataset":
-    """The data set of a run's settings. Raises InputError if it is not there, or cannot be split so."""
-    keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
-    return _datasets()[config["data"]](**{key: config[key] for key in keys})

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import evaluate
 import predict
 import train
+from lib.build import build_dataset
 from lib.checkpoint import newest_epoch, save_model
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset, case_number
@@ -42,12 +43,13 @@ from lib.models import load_model
 from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.models.size import count_filters, resized, summary
-from lib.system.cli import Parser, number, one_of, run_script
+from lib.settings import Settings
+from lib.system.cli import Parser, flops_limit, number, one_of, run_script
 from lib.system.device import find_device
 from lib.system.error import InputError
 from lib.system.facts import facts
 from lib.system.files import file_digest, made, write_json, write_text
-from lib.utils import flops_limit, make_config, parseArguments, read_config
+from lib.utils import parseArguments
 
 try:
     import torch_pruning
@@ -164,14 +166,14 @@ class Plan:
     rows: tuple[str, ...]  # keys of what is to be trained
     seeds: tuple[int, ...]
     flags: tuple[str, ...]  # of train.py, for all rows
-    config: dict  # the settings of the first row
+    settings: Settings  # of the first row
     partitions: tuple[str, ...]  # what is predicted
     tta: bool  # whether predictions average over mirrorings
     data: BaseDataset
     device: torch.device
 
     def row(self, key: str) -> Row:
-        return make_row_plan(key, self.config["epochs"])
+        return make_row_plan(key, self.settings.epochs)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -229,17 +231,18 @@ def make_plan(args: argparse.Namespace) -> Plan:
     flags += ["--epochs", str(args.epochs)] if args.epochs else []
     seeds = tuple(dict.fromkeys(args.seeds))
     rows = rows_to_train(args.rows or ROWS, args.budgets)
-    config, *_ = [make_config(parseArguments([*flags, *make_row_plan(row, 2).flags])) for row in ("sauron", *rows)]
-    output = args.output or Path("out", "benchmark", config["data"])
-    check_pruned_rows(output, rows, seeds, config["epochs"])
-    device = find_device(config["device"])
-    keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "num_workers")
-    data = DATASETS[config["data"]](**{key: config[key] for key in keys})
+    settings, *_ = [
+        Settings.of(vars(parseArguments([*flags, *make_row_plan(row, 2).flags]))) for row in ("sauron", *rows)
+    ]
+    output = args.output or Path("out", "benchmark", settings.data)
+    check_pruned_rows(output, rows, seeds, settings.epochs)
+    device = find_device(settings.device)
+    data = build_dataset(settings)
     partitions = tuple(dict.fromkeys(args.partitions or [choose_partition(data)]))
     for partition in partitions:
         if not all(file.label for file in data.files(partition)):
             raise InputError(f"--partitions {partition}: some of these images have no ground truth; name another")
-    return Plan(output, rows, seeds, tuple(flags), config, partitions, not args.no_tta, data, device)
+    return Plan(output, rows, seeds, tuple(flags), settings, partitions, not args.no_tta, data, device)
 
 
 def check_pruned_rows(output: Path, rows: tuple[str, ...], seeds: tuple[int, ...], epochs: int) -> None:
@@ -270,7 +273,7 @@ def choose_partition(data: BaseDataset) -> str:
 def check_settings(plan: Plan) -> None:
     """Write the settings into the folder. Raises InputError if what is there was made with others."""
     path = plan.output / "settings.json"
-    settings = {key: value for key, value in plan.config.items() if key not in FREE}
+    settings = {key: value for key, value in plan.settings.as_dict().items() if key not in FREE}
     settings |= {"partitions": list(plan.partitions), "no_tta": not plan.tta}
     try:
         if not path.exists():
@@ -324,7 +327,7 @@ def check_runs(plan: Plan) -> None:
         run, _ = find_run(plan.output, *task) if task else (None, 0)
         if run is None:
             continue
-        row, epochs = plan.row(task[0]), read_config(run)["epochs"]
+        row, epochs = plan.row(task[0]), Settings.read(run)[0].epochs
         reason = f"for {epochs} epochs, not {row.epochs}" if epochs != row.epochs else ""
         if HALF in row.needs and not pruned_file(plan, *task).exists():
             reason = reason or "without keeping the seconds of the pruning"
@@ -407,10 +410,10 @@ def training_seconds(plan: Plan, row: str, seed: int) -> float:
 def trained_on(plan: Plan, row: str, seed: int) -> str:
     """The devices, machines and precision of all epochs that the row is made of."""
     places = [trained_on(plan, HALF, seed)] if HALF in plan.row(row).needs else []
-    config = read_config(find_run(plan.output, row, seed)[0])
-    machines = dict.fromkeys(part.get("machine", "?") for part in (config, *config.get("continued", [])))
-    machines = [f"{config['device']}, {machine}" for machine in machines] if len(machines) == 1 else machines
-    places += [f"{machine}, {config.get('precision', 'float32')}" for machine in machines]
+    settings, about = Settings.read(find_run(plan.output, row, seed)[0])
+    machines = dict.fromkeys(part.get("machine", "?") for part in (about, *about.get("continued", [])))
+    machines = [f"{settings.device}, {machine}" for machine in machines] if len(machines) == 1 else machines
+    places += [f"{machine}, {settings.precision or 'float32'}" for machine in machines]
     return "; ".join(dict.fromkeys(places))
 
 
@@ -477,7 +480,7 @@ def evaluate_row(plan: Plan, row: str, seed: int) -> dict:
             shutil.rmtree(predictions)
         results.parent.mkdir(exist_ok=True)
         write_text(made_from, digest + "\n")
-    data_path = plan.config["data_path"]
+    data_path = plan.settings.data_path
     if not results.exists():
         argv = ["--data", plan.data.name, "--output", str(predictions), "--skip_existing"]
         argv += ["--model_state", str(model), "--device", str(plan.device)]
@@ -485,7 +488,7 @@ def evaluate_row(plan: Plan, row: str, seed: int) -> dict:
         for partition in plan.partitions:
             call(predict, [*argv, "--partition", partition])
         argv = ["--data", plan.data.name, "--pred", str(predictions), "--output", str(results)]
-        argv += ["--num_workers", str(max(1, plan.config["num_workers"]))]
+        argv += ["--num_workers", str(max(1, plan.settings.num_workers))]
         call(evaluate, [*argv, *(["--gt", data_path] if data_path else [])])
     return json.loads(results.read_text())
 
@@ -693,8 +696,8 @@ def format_notes(plan: Plan, rows: dict[str, dict], place: str, n_timed: int) ->
         "subjects": len(images),
         "partition": " and ".join(plan.partitions),
         "patients": len({case_number(subject) for subject in images}),
-        "epochs": plan.config["epochs"],
-        "lr": plan.config["lr"],
+        "epochs": plan.settings.epochs,
+        "lr": plan.settings.lr,
         "half": plan.row(HALF).epochs,
         "rest": plan.row("nnunet-pruned").epochs,
         "patch": " x ".join(map(str, plan.data.patch_size)),
@@ -729,7 +732,7 @@ def write_table(plan: Plan, rows: dict[str, dict], n_timed: int) -> None:
     place = f"{plan.device}, {about['machine']}"
     about |= {"data": plan.data.name, "partitions": plan.partitions, "seeds": plan.seeds, "inference_on": place}
     about["subjects"] = sum(len(plan.data.ids[part]) for part in plan.partitions)
-    write_json(plan.output / "table.json", about | {"settings": plan.config, "rows": list(rows.values())})
+    write_json(plan.output / "table.json", about | {"settings": plan.settings.as_dict(), "rows": list(rows.values())})
     wrapped = {"width": 120, "initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
     notes = [textwrap.fill(note.strip(), **wrapped) for note in format_notes(plan, rows, place, n_timed)]
     text = f"{format_table(list(rows.values()), rows[REFERENCE])}\n" + "".join(f"{note}\n" for note in notes)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from lib.distance import SMALLEST_RANGE, euc_norm
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import nnUNet
+from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.error import InputError
 from lib.system.files import write_json, write_text
 from lib.system.process import check_stopped
-from lib.utils import read_config
 
 # by key: the title of its panels, what its axis shows, the limits of it, and whether small values mean clustered
 MEASURES = {
@@ -146,9 +146,9 @@ def measure_run(run: Path) -> dict:
 
     Raises InputError if there are none, or a file is broken.
     """
-    config = read_config(run)
+    settings, _ = Settings.read(run)
     epochs = sorted((run / "fms").glob("epoch-*"))
-    network = nnUNet(1, 2, 1, config["levels"], dim=config["dim"])  # for the names only
+    network = nnUNet(1, 2, 1, settings.levels, dim=settings.dim)  # for the names only
     layers = [block.name for block in network.blocks() if not block.head]
     files = [[epoch / f"{layer}.npy" for epoch in epochs] for layer in layers]
     existing = [path for row in files for path in row if path.exists()]
@@ -158,10 +158,10 @@ def measure_run(run: Path) -> dict:
     for path in tqdm(existing, f"measuring {run}", unit="layer", leave=False):
         found[path] = measure(_read(path))
         check_stopped()
-    weight = config["lambda_"] if config["loss"].endswith("_Distance") else 0
+    weight = settings.lambda_ if settings.loss.endswith("_Distance") else 0
     return {
         "run": str(run),
-        "label": f"{config['exp_name']}/{run.resolve().name} ($\\lambda$ = {weight:g})",
+        "label": f"{settings.exp_name}/{run.resolve().name} ($\\lambda$ = {weight:g})",
         "layers": layers,
         "epochs": [int(epoch.name.removeprefix("epoch-")) for epoch in epochs],
         **{key: [[found[path][key] if path in found else None for path in row] for row in files] for key in MEASURES},

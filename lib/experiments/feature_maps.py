@@ -8,6 +8,7 @@ are in feature_maps.json, and agreement.png shows the best map of every block an
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,17 +20,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.build import build_dataset
 from lib.checkpoint import newest_epoch
-from lib.data import DATASETS, patches
+from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
+from lib.settings import Settings
 from lib.system.cli import Parser, number, run_script
 from lib.system.error import InputError
 from lib.system.files import write_json
 from lib.system.process import check_stopped
-from lib.utils import read_config
 
 
 def newest_model(run: Path) -> Path:
@@ -187,15 +189,15 @@ def draw_agreement(best: dict[str, Tensor], names: tuple[str, ...], title: str) 
 @torch.no_grad()
 def feature_maps(args: argparse.Namespace) -> None:
     """Draw what `args` asks for. Raises InputError where run, subject or slice are not there."""
-    config = read_config(args.run)
+    settings, _ = Settings.read(args.run)
     path = newest_model(args.run)
     model = load_sauron(path)
-    data = DATASETS[config["data"]](
-        data_path=args.data_path or config["data_path"],
-        cache_path=args.cache_path or config["cache_path"],
-        split=config["split"],
-        seed_data=config["seed_data"],
-        patch_size=tuple(config["patch_size"]),
+    data = build_dataset(
+        replace(
+            settings,
+            data_path=args.data_path or settings.data_path,
+            cache_path=args.cache_path or settings.cache_path,
+        )
     )
     subject = find_subject(data, args.subject)
     image, labels, k, place = cut_patch(subject, data.patch_size, args.slice)

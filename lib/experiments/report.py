@@ -5,13 +5,12 @@ training that was interrupted or is still running.
 """
 
 import base64
-import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -26,21 +25,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lib.data import DATASETS
+from lib.build import build_dataset
 from lib.data.BaseDataset import BaseDataset
 from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.models import build_model, load_model
-from lib.models.size import summary
-from lib.system.cli import Parser, run_script
+from lib.experiments.run import Run, mean_foreground, read_run
+from lib.models import load_model
+from lib.settings import Settings
+from lib.system.cli import Parser, flops_of, run_script
 from lib.system.device import find_device
 from lib.system.error import InputError
-from lib.system.files import read_text, write_text
-from lib.utils import flops_of, has_budget, read_config
+from lib.system.files import write_text
 
-PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
-FACTS = ("command", "continued", "versions", "machine", "git_revision")  # in config.json, but no settings
-NO_FLAGS = ("data", "modalities", "n_classes", "dim", "precision")  # the data set, what is its own, what --amp came to
 LINES = ("-", "--", ":")
 WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1, "nbins": 6}  # ticks of epochs
 SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
@@ -74,124 +70,9 @@ pre span {{ white-space: nowrap; }}
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the files of a run say; blocks are those that can be pruned, in the order of the forward pass."""
-
-    folder: Path
-    config: dict
-    history: dict[str, list]  # of history.json: a value per epoch
-    scores: dict[str, list[float | None]]  # of the newest validation: Dice per class, by subject; may be empty
-    scores_epoch: int | None  # of that validation
-    widths: dict[str, int]  # filters of each block without pruning
-    filters: np.ndarray  # (blocks, epochs)
-    tau: np.ndarray  # (blocks, epochs): the thresholds, NaN where not known; (blocks, 0) without pruning
-    unpruned: dict[str, int]  # parameters, flops and filters of the network without pruning
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return DATASETS[self.config["data"]].class_names
-
-    @property
-    def met(self) -> int | None:
-        """The epoch at whose end the network fitted its budget; None if it did not, or there is none."""
-        met = zip(self.history["epoch"], self.history.get("budget_met", []), strict=False)
-        return next((epoch for epoch, yes in met if yes), None)
-
-    @property
-    def best(self) -> int | None:
-        """The epoch of models/model-best: that of the lowest validation loss, the first of equals; of those after the
-        budget was met, if one of them was validated. None without a validation."""
-        validated = zip(self.history["epoch"], self.history["val_loss"], self.history["val_dice"], strict=True)
-        losses = {e: v for e, v, dice in validated if dice is not None}  # a published run's epochs have no Dice here
-        fit = {e: v for e, v in losses.items() if self.met is not None and e > self.met} or losses
-        return min(fit, key=fit.get, default=None)
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder with at least one finished epoch. Raises InputError if it is none, or a file is broken."""
-    config = read_config(folder)
-    if not (folder / "history.json").exists():
-        raise InputError(f"{folder}: has no finished epoch (no history.json), so there is nothing to report yet")
-    file = folder / "config.json"
-    try:
-        with torch.device("meta"):
-            model = build_model(config | {"in_filters": None, "out_filters": None})
-        widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
-        unpruned = summary(model, tuple(config["patch_size"]))
-        file = folder / "history.json"
-        history = json.loads(read_text(file))
-        n_classes = DATASETS[config["data"]].n_classes
-        _check_history(history, n_classes)
-        n = len(history["epoch"])
-        tau = [[row[name] for row in history.get("tau", [])] for name in widths]
-        if not all(value is None or _is_number(value) for values in tau for value in values):
-            raise ValueError("a threshold is no number")
-        tau = np.array(tau, dtype=float)
-        file = folder / "out_filters"
-        names, *lines = (line.split("\t") for line in read_text(file).splitlines())
-        filters = np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in widths])
-        file = folder / "validation_scores.json"
-        validated = json.loads(read_text(file))
-        newest = max(map(int, validated), default=None)
-        scores = validated[str(newest)]["dice"] if validated else {}
-        for dice in scores.values():
-            _check_dice(dice, n_classes)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{file}: is broken ({type(error).__name__}: {error}); mend it or train again") from error
-    return Run(folder, config, history, scores, newest, widths, filters, tau, unpruned)
-
-
-def _check_history(history: dict[str, list], n_classes: int) -> None:
-    """Raise ValueError (or TypeError) unless the quantities have one value of their kind per epoch."""
-    n = len(history["epoch"])
-    if n == 0 or any(len(history[key]) != n for key in PER_EPOCH):
-        raise ValueError("not one value per epoch")
-    for key in ("epoch", "parameters", "flops", "filters"):
-        if not all(type(value) is int and 0 < value < 2**53 for value in history[key]):
-            raise ValueError(f"{key} is no whole number")
-    for key in ("train_loss", "seconds", "val_loss"):
-        if not all(_is_number(value) or (value is None and key != "train_loss") for value in history[key]):
-            raise ValueError(f"{key} is no number")
-    if all(value is None for value in history["seconds"]):
-        raise ValueError("no epoch has its seconds")
-    if any(loss is None for loss, dice in zip(history["val_loss"], history["val_dice"], strict=True) if dice):
-        raise ValueError("val_dice without val_loss")
-    for dice in history["val_dice"]:
-        if dice is not None:
-            _check_dice(dice, n_classes)
-    if not all(type(value) is bool for value in history.get("budget_met", [])):
-        raise ValueError("budget_met is neither true nor false")
-    ms = history.get("ms", [])
-    if len(ms) not in (0, n) or not all(value is None or _is_number(value) for value in ms):
-        raise ValueError("ms is no number")
-
-
-def _check_dice(dice: list[float | None], n_classes: int) -> None:
-    if len(dice) != n_classes or not all(value is None or _is_number(value) for value in dice):
-        raise ValueError("Dice is not one number per class")
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e15
-
-
-def mean_foreground(dice: list[float | None] | None) -> float | None:
-    """The mean of what is known of the classes but the background."""
-    known = [d for d in (dice or [None])[1:] if d is not None]
-    return sum(known) / len(known) if known else None
-
-
-def command(config: dict) -> str:
+def command(settings: Settings) -> str:
     """The command line that trains with these settings, each of them spelled out."""
-    words = ["python", "train.py", "--data", config["data"]]
-    for key, value in config.items():
-        if key in (*FACTS, *NO_FLAGS) or value is None or (value is False and key != "nesterov"):
-            continue
-        words.append(f"--{key.rstrip('_')}")
-        if value is not True or key == "nesterov":
-            words += map(str, value if isinstance(value, list) else [value])
-    return shlex.join(words)
+    return shlex.join(["python", "train.py", *settings.flags(settings.as_dict())])
 
 
 def new_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -264,7 +145,7 @@ def draw_size(run: Run) -> Figure:
     curves = {f"{key.replace('flops', 'FLOPs')}: {values[-1]:.1f}%": values for key, values in left.items()}
     figure = draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105)
     axis, style = figure.axes[0], {"color": "#666666", "linewidth": 1}
-    limit = flops_of(run.config["max_flops"], run.unpruned["flops"])
+    limit = flops_of(run.settings.max_flops, run.unpruned["flops"])
     if limit:
         share = 100 * limit / run.unpruned["flops"]
         axis.axhline(share, label=f"FLOPs allowed: {share:.1f}%", linestyle="--", **style)
@@ -276,10 +157,10 @@ def draw_size(run: Run) -> Figure:
         label = f"{ms[-1][1]:.2f} ms (right)"
         right.plot(*zip(*ms, strict=True), label=label, color="black", marker="x", linestyle="none", clip_on=False)
         right.set(ylabel="time for one patch (ms)", ylim=(0, 1.05 * max(v for _, v in ms)))
-        if run.config["max_ms"]:
+        if run.settings.max_ms:
             style |= {"color": "black", "linestyle": (0, (1, 3))}
-            right.axhline(run.config["max_ms"], label=f"{run.config['max_ms']:g} ms allowed", **style)
-            right.set_ylim(0, 1.05 * max(run.config["max_ms"], right.get_ylim()[1]))
+            right.axhline(run.settings.max_ms, label=f"{run.settings.max_ms:g} ms allowed", **style)
+            right.set_ylim(0, 1.05 * max(run.settings.max_ms, right.get_ylim()[1]))
     return add_legend(figure)
 
 
@@ -308,7 +189,7 @@ def draw_filters(run: Run) -> Figure:
     left = 100 * run.filters / np.array(widths)[:, None]
     maps = [(left, "Filters left", "of the unpruned block (%)", "cividis", 100)]
     if run.tau.size:
-        largest = 1 if has_budget(run.config) else run.config["tau_max"]
+        largest = 1 if run.settings.has_budget else run.settings.tau_max
         maps.append((run.tau, "Thresholds", r"threshold $\tau$ of $\delta_{prune}$", "viridis", largest))
     figure = new_figure(10, 1 + 0.2 * n)
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
@@ -324,15 +205,14 @@ def draw_filters(run: Run) -> Figure:
     return figure
 
 
-def find_data(config: dict, data_path: str | None, cache_path: str | None) -> BaseDataset:
+def find_data(settings: Settings, data_path: str | None, cache_path: str | None) -> BaseDataset:
     """The data set of a run, with its split. Raises InputError if it is not there any more."""
-    dataset, roots = DATASETS[config["data"]], (os.environ.get("SAURON_DATA", "data"), "data")
-    data_path = data_path or config["data_path"]
-    places = [data_path] if data_path else [os.path.join(root, dataset.folder) for root in roots]
+    roots = (os.environ.get("SAURON_DATA", "data"), "data")
+    data_path = data_path or settings.data_path
+    places = [data_path] if data_path else [os.path.join(root, settings.dataset.folder) for root in roots]
     if not any(map(os.path.isdir, places)):  # asked here because some data sets would write themselves
         raise InputError(f"the data are not in {places[0]} any more; name their folder with --data_path")
-    settings = {key: config[key] for key in ("split", "seed_data")} | {"patch_size": tuple(config["patch_size"])}
-    return dataset(data_path=data_path, cache_path=cache_path or config["cache_path"], **settings)
+    return build_dataset(replace(settings, data_path=data_path, cache_path=cache_path or settings.cache_path))
 
 
 @torch.no_grad()
@@ -347,7 +227,7 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
     chosen = {}
     for rank, i in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)):
         chosen.setdefault(ranked[i], rank)
-    data = find_data(run.config, data_path, cache_path)
+    data = find_data(run.settings, data_path, cache_path)
     ids = data.ids["validation"]
     if missing := [subject for _, subject in chosen if subject not in ids]:
         raise InputError(f"{missing[0]} is not among the data any more")
@@ -380,12 +260,12 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
 
 def overview(run: Run) -> dict[str, str]:
     """What the run has come to."""
-    config, history, epoch = run.config, run.history, run.history["epoch"][-1]
-    finished = epoch >= config["epochs"]
-    patch = " x ".join(map(str, config["patch_size"]))
+    settings, history, epoch = run.settings, run.history, run.history["epoch"][-1]
+    finished = epoch >= settings.epochs
+    patch = " x ".join(map(str, settings.patch_size))
     rows = {
-        "state": f"{'finished' if finished else 'not finished'}: epoch {epoch} of {config['epochs']}",
-        "network": f"{config['model']} on {config['data']}, patches of {patch} voxels",
+        "state": f"{'finished' if finished else 'not finished'}: epoch {epoch} of {settings.epochs}",
+        "network": f"{settings.model} on {settings.data}, patches of {patch} voxels",
     }
     validated = [
         (mean, e, dice)
@@ -401,10 +281,10 @@ def overview(run: Run) -> dict[str, str]:
     for key, before in run.unpruned.items():
         now = history[key][-1]
         rows["FLOPs for one patch" if key == "flops" else key] = f"{before:,} → {now:,} ({100 * now / before:.1f}%)"
-    if has_budget(config):
-        limits = [config["max_flops"] + " of the FLOPs" * config["max_flops"].endswith("%")]
-        limits = limits if config["max_flops"] != "none" else []
-        limits += [f"{config['max_ms']:g} ms per patch"] if config["max_ms"] else []
+    if settings.has_budget:
+        limits = [settings.max_flops + " of the FLOPs" * settings.max_flops.endswith("%")]
+        limits = limits if settings.max_flops != "none" else []
+        limits += [f"{settings.max_ms:g} ms per patch"] if settings.max_ms else []
         rows["budget"] = ", ".join(limits) + (f": met after epoch {run.met}" if run.met is not None else ": not met")
     known = [value for value in history["seconds"] if value is not None]
     seconds = round(sum(known))
@@ -412,7 +292,7 @@ def overview(run: Run) -> dict[str, str]:
     rows["time"] += f", {median(known):.1f} s for the median epoch"
     if len(known) < len(history["seconds"]):
         rows["time"] += f" (known of {len(known)} of {len(history['seconds'])} epochs)"
-    return rows | {"machine": config.get("machine", "unknown")}
+    return rows | {"machine": run.facts.get("machine", "unknown")}
 
 
 def table(rows: dict[str, object]) -> str:
@@ -444,14 +324,14 @@ def shell(*lines: str) -> str:
 
 def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
     """The page, from its figures as HTML by name, and sentences on what is missing."""
-    config = run.config
+    settings, facts = run.settings, run.facts
     wide = [html for name, html in figures.items() if name in ("filters", "examples")]
     small = [html for html in figures.values() if html not in wide]
-    typed = [config.get("command", "unknown")]
-    typed += [f"{c['command']}  # after epoch {c['after_epoch']}" for c in config.get("continued", [])]
+    typed = [facts.get("command", "unknown")]
+    typed += [f"{c['command']}  # after epoch {c['after_epoch']}" for c in facts.get("continued", [])]
     go_on = shlex.join(["python", "train.py", "--resume", str(run.folder)])
-    settings = {key.rstrip("_"): value for key, value in config.items() if key not in FACTS}
-    settings |= {"git revision": config.get("git_revision") or "unknown"} | config.get("versions", {})
+    values = {key.rstrip("_"): value for key, value in settings.as_dict().items()}
+    values |= {"git revision": facts.get("git_revision") or "unknown"} | facts.get("versions", {})
     body = [
         table(overview(run)),
         "<h2>Training</h2>",
@@ -460,13 +340,13 @@ def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
         subject_table(run),
         *(f"<p>{escape(text)}</p>" for text in lacks),
         "<h2>Repeat it</h2>",
-        f"<p>With every setting spelled out:</p>{shell(command(config))}",
+        f"<p>With every setting spelled out:</p>{shell(command(settings))}",
         f"<p>As it was typed:</p>{shell(*typed)}",
-        *([f"<p>To continue it:</p>{shell(go_on)}"] if run.history["epoch"][-1] < config["epochs"] else []),
+        *([f"<p>To continue it:</p>{shell(go_on)}"] if run.history["epoch"][-1] < settings.epochs else []),
         "<h2>Settings</h2>",
-        f'<div class="settings">{table(settings)}</div>',
+        f'<div class="settings">{table(values)}</div>',
     ]
-    title = f"{config['exp_name']} / {config['data']} / {run.folder.resolve().name}"
+    title = f"{settings.exp_name} / {settings.data} / {run.folder.resolve().name}"
     html = HTML.format(title=escape(title), body="\n".join(body))
     return html.encode("ascii", "xmlcharrefreplace").decode()  # readable whatever the encoding of files is here
 
@@ -478,9 +358,9 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
     """
     run, lacks, html = read_run(folder), [], {}
     device = find_device(device)
-    loss = run.config["loss"]
+    loss = run.settings.loss
     if loss.endswith("_Distance"):
-        loss += f" (lambda = {run.config['lambda_']:g}" + (f", 0 after epoch {run.met})" if run.met else ")")
+        loss += f" (lambda = {run.settings.lambda_:g}" + (f", 0 after epoch {run.met})" if run.met else ")")
     figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
         "loss": (draw_loss, f"{loss}: summed over the heads, mean over the patches."),
         "dice": (draw_dice, "Each class, and their mean, over the validation subjects; before the epoch's pruning."),

@@ -82,25 +82,3 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"--compile: does not work here ({reason}); install a C++ compiler or leave it out") from error
     model.compile(recompile_limit=1000)  # torch gives up after 8
-
-
-def build_model(config: dict, weights: dict[str, torch.Tensor] | None = None, source: str | Path = "") -> nnUNet:
-    """The network of a run's settings, with the widths of a saved model, or else of the filter files, where given.
-
-    Raises InputError where they do not fit one another; `source` names the file of `weights`.
-    """
-    files = {key: read_filters(config[f"{key}_filters"]) for key in ("in", "out") if config[f"{key}_filters"]}
-    if weights is not None:
-        filters = architecture(weights, source)["filters"]
-    elif files:
-        if "out" not in files:
-            raise InputError("--in_filters needs --out_filters: it is the filters that make the network")
-        filters = {"out": files["out"]}
-    else:
-        filters = None
-    distances = {"dist_fun": config["dist_fun"], "imp_fun": config["imp_fun"]} if config["model"] == "sauron" else {}
-    keys = ("modalities", "n_classes", "fms_init", "levels", "dim")
-    model = MODELS[config["model"]](**{key: config[key] for key in keys}, filters=filters, **distances)
-    for key, given in files.items():
-        check_filters(given, count_filters(model)[key], config[f"{key}_filters"], source or "the network")
-    return model

@@ -76,6 +76,44 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def percent(text: str) -> str:
+    """An argparse type: a share such as 80%, which stays text; `share_of` has its value."""
+    try:
+        valid = text.endswith("%") and 0 <= share_of(text) <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0% and 100%")
+    return text
+
+
+def share_of(text: str) -> float:
+    """0.8 for "80%"."""
+    return float(text.removesuffix("%")) / 100
+
+
+def flops_limit(text: str) -> str:
+    """An argparse type: "none", a share of the unpruned network (20%) or a number (2G), which stays text;
+    `flops_of` has its value."""
+    try:
+        valid = text == "none" or 0 < flops_of(text, 1) < math.inf and not (text.endswith("%") and share_of(text) > 1)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 20%, nor a number such as 2G, nor none")
+    return text
+
+
+def flops_of(text: str, unpruned: float) -> float | None:
+    """FLOPs of a limit: 2e9 for "2G", a fifth of `unpruned` for "20%", None for "none"."""
+    if text == "none":
+        return None
+    if text.endswith("%"):
+        return share_of(text) * unpruned
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1:])
+    return float(text[:-1]) * factor if factor else float(text)
+
+
 def run_script(main: Callable[[], None], after_stop: str = "") -> int:
     """Run a script's work and return its exit code: 0; 2 after one line on the screen where the input was bad, or a
     file cannot be read or written; 143 after SIGTERM and 130 after Ctrl-C (`after_stop` says how to go

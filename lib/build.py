@@ -1,0 +1,94 @@
+"""What settings stand for: the data set, the network, the loss and the optimizer."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.data.BaseDataset import BaseDataset
+from lib.loss import LOSSES
+from lib.models import MODELS, architecture, check_filters
+from lib.models.filters import read_filters
+from lib.models.nnUNet import nnUNet
+from lib.models.size import count_filters
+from lib.settings import Settings
+from lib.system.cli import flops_of, share_of
+from lib.system.error import InputError
+
+
+def build_dataset(settings: Settings) -> BaseDataset:
+    """The data of a run. Raises InputError if they are not there, or cannot be split so."""
+    keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
+    return settings.dataset(**{key: getattr(settings, key) for key in keys})
+
+
+def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, source: str | Path = "") -> nnUNet:
+    """The network of a run, with the widths of a saved model, or else of the filter files, where given.
+
+    Raises InputError where they do not fit one another; `source` names the file of `weights`.
+    """
+    paths = {"in": settings.in_filters, "out": settings.out_filters}
+    files = {key: read_filters(path) for key, path in paths.items() if path}
+    filters = None
+    if weights is not None:
+        filters = architecture(weights, source)["filters"]
+    elif files:
+        if "out" not in files:
+            raise InputError("--in_filters needs --out_filters: it is the filters that make the network")
+        filters = {"out": files["out"]}
+    distances = {"dist_fun": settings.dist_fun, "imp_fun": settings.imp_fun} if settings.model == "sauron" else {}
+    keys = ("modalities", "n_classes", "fms_init", "levels", "dim")
+    model = MODELS[settings.model](**{key: getattr(settings, key) for key in keys}, filters=filters, **distances)
+    for key, given in files.items():
+        check_filters(given, count_filters(model)[key], paths[key], source or "the network")
+    return model
+
+
+def build_unpruned(settings: Settings, weights: dict[str, Tensor] | None = None, source: str | Path = "") -> nnUNet:
+    """As `build_model`, whatever the filter files say."""
+    return build_model(replace(settings, in_filters=None, out_filters=None), weights, source)
+
+
+def build_loss(settings: Settings) -> nn.Module:
+    loss = LOSSES[settings.loss]
+    return loss(settings.lambda_) if loss.uses_distances else loss()
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.optim == "adam":
+        return torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.wd)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings.lr,
+        weight_decay=settings.wd,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+    )
+
+
+def pruning_arguments(settings: Settings, unpruned_flops: int) -> dict | None:
+    """The arguments of the callback that prunes by the paper's rule, or to a budget; None where nothing is pruned."""
+    if not settings.prunes:
+        return None
+    first, last = (share_of(moment) * settings.epochs for moment in settings.prune_between)
+    arguments = {
+        "between": (first, last),
+        "min_filters": settings.min_filters,
+        "max_prune_fraction": settings.max_prune_fraction or 1.0,
+    }
+    if settings.has_budget:
+        budget = {"max_flops": flops_of(settings.max_flops, unpruned_flops), "max_ms": settings.max_ms}
+        whole = math.floor(round(first, 6)), math.ceil(round(last, 6))  # the last one is to see the largest threshold
+        return arguments | budget | {"between": whole}
+    return arguments | {key: getattr(settings, key) for key in ("tau_max", "kappa", "rho", "mu")}
+
+
+def check_amp(settings: Settings, device: torch.device) -> None:
+    """Raise InputError where --amp would spoil a training: on the CPU, torch's bfloat16 gradients of 3D convolutions
+    are not to be relied on where maps are a few voxels thin."""
+    if settings.amp and settings.dim == "3D" and device.type == "cpu":
+        raise InputError(
+            "--amp: gradients of 3D networks in bfloat16 are unsafe on the CPU; leave it out, or use a GPU"
+        )

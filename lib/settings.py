@@ -1,0 +1,348 @@
+"""All settings of a training. A new one is one field of `Settings`: its flag, --help, config.json, the checks on
+reading that file, and what --resume may change follow from the field."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from lib import published
+from lib.data import DATASETS
+from lib.data.BaseDataset import BaseDataset
+from lib.distance import DISTANCES, IMPORTANCES
+from lib.loss import LOSSES
+from lib.models import MODELS
+from lib.system.cli import boolean, flops_limit, number, one_of, percent, share_of
+from lib.system.error import InputError
+from lib.system.files import read_text
+from lib.system.options import Options, noted, setting
+
+BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
+
+
+def _loss(values: dict) -> str:
+    distances = values["model"] == "sauron" and values["lambda_"] > 0
+    return "DS_CrossEntropyDiceLoss_Distance" if distances else "DS_CrossEntropyDiceLoss"
+
+
+def _budget(values: dict) -> str:
+    """What a data set chooses, unless something else is chosen that does not go with it."""
+    other = values["model"] == "nnunet" or values["no_prune"] or values["max_ms"] is not None
+    return "none" if other else DATASETS[values["data"]].defaults["max_flops"]
+
+
+def _moments(values: dict) -> tuple[str, str]:
+    budget = values["max_flops"] != "none" or values["max_ms"] is not None
+    return BUDGET_MOMENTS if budget else DATASETS[values["data"]].defaults["prune_between"]
+
+
+def _default_of(dataset: BaseDataset, name: str) -> object:
+    return dataset.patch_size if name == "patch_size" else dataset.defaults[name]
+
+
+SWITCH = {"action": "store_true"}
+positive, maps, seed, fraction = (
+    number(int, 1, 10**6),
+    number(int, 1, 480),
+    number(int, 0, 2**63 - 1),
+    number(float, 0, 1),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """What a network is trained with. `of` and `read` make them; shares and limits stay the text that was given."""
+
+    data: str = setting(
+        "data", f"data set: {', '.join(sorted(DATASETS))}", shown="none; needed, but with --resume", **one_of(DATASETS)
+    )
+    data_path: str | None = setting(
+        "data", "folder of the data set", None, shown="$SAURON_DATA/<data>, else data/<data>", resume="changes"
+    )
+    cache_path: str = setting("data", "folder for preprocessed volumes", "data/preprocessed", resume="changes")
+    split: str = setting("data", "training:validation shares of what is no test set, such as 0.9:0.1 or 1:0")
+    seed_data: int = setting("data", "seed of the split", type=seed)
+    num_workers: int = setting(
+        "data",
+        "processes that load data (for each process of torchrun), 0 for none; results do not depend on it",
+        lambda _: min(4, (os.cpu_count() or 1) - 1),
+        shown="cores - 1, at most 4",
+        resume="changes",
+        type=number(int, 0, 256),
+    )
+
+    exp_name: str = setting("run", "name of the experiment", "unnamed")
+    output: str = setting("run", "folder of the runs", "runs")
+    device: str = setting(
+        "run", "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one", "auto", resume="changes"
+    )
+    seed_train: int = setting("run", "seed of weights, augmentation and pruning", type=seed)
+    save_fms: bool = setting(
+        "run",
+        "save the feature maps of one validation image in RUN/fms, for lib.experiments.clusterability",
+        False,
+        shown="do not",
+        **SWITCH,
+    )
+    save_fms_every: int = setting("run", "save them in every n-th epoch", 1, type=positive, metavar="N")
+    amp: bool = setting(
+        "run",
+        "let the network compute in bfloat16 where that is safe and, on the CPU, faster; not for 3D on the CPU",
+        False,
+        shown="float32 throughout",
+        **SWITCH,
+    )
+    compile: bool = setting(
+        "run",
+        "let torch compile the network, at first and after each pruning, which takes a minute; on the CPU a training "
+        "is slower with it",
+        False,
+        shown="do not",
+        resume="changes",
+        **SWITCH,
+    )
+
+    model: str = setting(
+        "network", "sauron or nnunet; nnunet measures no distances and is never pruned", "sauron", **one_of(MODELS)
+    )
+    fms_init: int = setting("network", "filters of the first level; each level doubles them, up to 480", type=maps)
+    levels: int = setting("network", "levels of the network, at least 3", type=number(int, 3, 12))
+    patch_size: tuple[int, ...] = setting(
+        "network",
+        "size of the training patch in voxels, a multiple of 2^(levels - 1)",
+        type=number(int, 1, 2**14),
+        nargs="+",
+    )
+    in_filters: str | None = setting(
+        "network", "file with the input channels of each block: start with the widths of its last row", None
+    )
+    out_filters: str | None = setting("network", "file with the filters of each block, likewise", None)
+
+    loss: str = setting(
+        "training",
+        "loss function",
+        _loss,
+        shown="DS_CrossEntropyDiceLoss_Distance; for nnunet or --lambda 0 DS_CrossEntropyDiceLoss",
+        **one_of(LOSSES),
+    )
+    epochs: int = setting("training", "number of epochs", resume="changes", type=positive)
+    batch_size: int = setting("training", "patches per step, of all processes together", type=positive)
+    val_interval: int = setting("training", "validate every so many epochs", type=positive)
+    optim: str = setting("training", "optimizer", **one_of(["adam", "sgd"]))
+    lr: float = setting(
+        "training",
+        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9, and once more after a budget is "
+        "met",
+        type=number(float, 0, 10, open_low=True),
+    )
+    wd: float = setting("training", "weight decay", type=fraction)
+    momentum: float = setting("training", "momentum of sgd", type=fraction)
+    nesterov: bool = setting("training", "True or False: Nesterov momentum for sgd", type=boolean)
+
+    lambda_: float = setting(
+        "pruning",
+        "weight of the distance term of the loss",
+        flag="--lambda",
+        type=number(float, 0, 1e6),
+        metavar="LAMBDA",
+    )
+    dist_fun: str = setting("pruning", "delta_opt, the distance in the loss", "euc_norm", **one_of(DISTANCES))
+    imp_fun: str = setting(
+        "pruning",
+        "delta_prune, the distance that is compared with the thresholds; random deals its values to the filters of a "
+        "block at random",
+        "euc_rand",
+        **one_of(IMPORTANCES),
+    )
+    no_prune: bool = setting("pruning", "train with the distance term, delete nothing", False, shown="prune", **SWITCH)
+    max_flops: str = setting(
+        "pruning",
+        "budget: prune until this share of the unpruned network's FLOPs (20%), or this number (2G), is left; none: by "
+        "the paper's rule",
+        _budget,
+        shown="{chosen}",
+        type=flops_limit,
+        metavar="LIMIT",
+    )
+    max_ms: float | None = setting(
+        "pruning",
+        "budget: prune until one patch takes so many milliseconds (median, on the device of the run)",
+        None,
+        type=number(float, 0, 1e9, open_low=True),
+        metavar="N",
+    )
+    min_filters: int = setting(
+        "pruning",
+        "a block keeps so many filters at least (one that feeds a head: as many as there are classes, too; but with 1, "
+        "as published, one filter stays anywhere)",
+        type=maps,
+    )
+    max_prune_fraction: float | None = setting(
+        "pruning",
+        "a block loses at most this share of its filters in an epoch",
+        None,
+        type=number(float, 0, 1, open_low=True),
+        metavar="SHARE",
+    )
+    tau_max: float = setting("pruning", "largest threshold, without a budget", type=number(float, 0.001, 1))
+    kappa: int = setting("pruning", "number of steps from 0.001 to tau_max", type=positive)
+    rho: int = setting(
+        "pruning", "patience: epochs between two steps, and losses that are looked back at", type=positive
+    )
+    mu: float = setting("pruning", "a block that lost this share of its filters waits", type=fraction)
+    prune_between: tuple[str, str] = setting(
+        "pruning",
+        "prune only between these two moments, in percent of the epochs; on the way to a budget the thresholds climb "
+        "from one to the other",
+        _moments,
+        shown="{chosen}; with a budget " + " ".join(BUDGET_MOMENTS),
+        type=percent,
+        nargs=2,
+        metavar=("FROM", "TO"),
+    )
+
+    epoch_start: int = setting(
+        "continue",
+        "continue after this epoch; 1 without --model_state is a fresh start, as published",
+        0,
+        resume="started",
+        type=number(int, 0, 10**6),
+    )
+    model_state: str | None = setting("continue", "saved model (models/model-E) to start from", None, resume="started")
+    history: str | None = setting(
+        "continue",
+        "run folder that holds the optimizer, thresholds, histories and random states of that epoch; from a run of the "
+        "published code, which has thresholds and histories alone, a new run goes on",
+        None,
+        resume="started",
+        metavar="RUN",
+    )
+
+    modalities: int = noted(lambda values: DATASETS[values["data"]].modalities)
+    n_classes: int = noted(lambda values: DATASETS[values["data"]].n_classes)
+    dim: str = noted(lambda values: DATASETS[values["data"]].dim)
+    precision: str | None = noted(None)  # what --amp came to: "float32" or "bfloat16"
+
+    parser_texts = {
+        "prog": "train.py",
+        "description": "Train a Sauron (or nnUNet) segmentation network, pruning its filters on the way.",
+        "epilog": "Defaults that a data set chooses are listed with its name.",
+    }
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The settings of a new run. Raises InputError where they do not fit one another."""
+        given = {**given, "data": DATASETS[given["data"]].name}
+        if given.get("epoch_start") == 1 and given.get("model_state") is None:
+            given["epoch_start"] = 0  # as published, where a fresh start is told so
+        return super().of(given)
+
+    @classmethod
+    def chosen(cls, name: str, values: Mapping[str, Any]) -> object:
+        return _default_of(DATASETS[values["data"]], name)
+
+    @classmethod
+    def chosen_text(cls, name: str) -> str:
+        """The default that each data set has; one alone where all have the same."""
+        values: dict[str, list[str]] = {}
+        for key, dataset in DATASETS.items():
+            if key == dataset.name:
+                value = _default_of(dataset, name)
+                values.setdefault(" ".join(map(str, value)) if isinstance(value, tuple) else str(value), []).append(key)
+        if len(values) == 1:
+            return next(iter(values))
+        return ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+
+    @classmethod
+    def read(cls, run: Path) -> tuple[Self, dict]:
+        """The settings in config.json of a run folder, and the facts that stand there too; settings that it lacks have
+        their defaults.
+
+        Raises InputError if there is none, it is a published one, or a setting is not what its flag would accept.
+        """
+        if published.read_config(run):
+            raise InputError(
+                f"{run}: is a run of the published code; go on with it by --history, --model_state and --epoch_start"
+            )
+        try:
+            config = json.loads(read_text(run / "config.json"))
+            if not isinstance(config, dict) or not isinstance(config.get("data"), str):
+                raise ValueError("not the settings of a training")
+            config.setdefault("max_flops", "none")  # a run of the time before there were budgets
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"
+            ) from error
+        try:
+            given = vars(cls.parser().parse_args(cls.flags(config)))
+            settings = cls.of(given | {"precision": config.get("precision")})
+            if settings.precision not in (None, "float32", "bfloat16"):
+                raise InputError(f"precision is {settings.precision!r}")
+            for name, value in settings.as_dict().items():
+                if name in config and config[name] != value:
+                    raise InputError(f"{name} is {config[name]!r}")
+            facts = {key: value for key, value in config.items() if key not in settings.as_dict()}
+            _check_facts(facts)
+        except InputError as error:
+            raise InputError(f"{run / 'config.json'}: is damaged ({error}); name another run") from error
+        return settings, facts
+
+    def of_all_ranks(self) -> dict:
+        """What the processes of a training must agree on: all but where each finds its data and what it computes on."""
+        free = {f.name for f in fields(self) if f.metadata["resume"] == "changes" and f.name != "epochs"}
+        return {key: value for key, value in self.as_dict().items() if key not in free}
+
+    @property
+    def dataset(self) -> BaseDataset:
+        return DATASETS[self.data]
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_flops != "none" or self.max_ms is not None
+
+    @property
+    def prunes(self) -> bool:
+        return self.model == "sauron" and not self.no_prune
+
+    def __post_init__(self) -> None:
+        """Raise InputError where settings do not fit one another."""
+        if Path(self.exp_name).name != self.exp_name or self.exp_name in ("", ".."):
+            raise InputError(f"--exp_name {self.exp_name}: must be the name of one folder; say where with --output")
+        first, last = self.prune_between
+        if share_of(first) >= share_of(last):
+            raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
+        if self.has_budget and not self.prunes:
+            flag = "--max_ms" if self.max_ms else "--max_flops"
+            what = "--no_prune" if self.no_prune else "--model nnunet"
+            raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
+        if self.model == "nnunet" and self.loss == "DS_CrossEntropyDiceLoss_Distance":
+            raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
+        n_axes = 2 if self.dim == "2D" else 3
+        factor = 2 ** (self.levels - 1)
+        if len(self.patch_size) != n_axes:
+            raise InputError(f"--patch_size needs {n_axes} numbers for {self.data}, not {len(self.patch_size)}")
+        for size in self.patch_size:
+            if size % factor or size < 2 * factor:
+                raise InputError(
+                    f"--patch_size {' '.join(map(str, self.patch_size))}: with --levels {self.levels} each axis must "
+                    f"be a multiple of {factor} and at least {2 * factor}, {size} is not"
+                )
+        if self.optim == "sgd" and self.nesterov and self.momentum == 0:
+            raise InputError("--nesterov True needs a --momentum above 0")
+        if self.epoch_start and not self.model_state:
+            raise InputError("--epoch_start needs --model_state: the model of that epoch")
+
+
+def _check_facts(facts: dict) -> None:
+    """Raise InputError where what was noted of a run, then or when it was continued, has another type."""
+    continued = facts.get("continued", [])
+    if not isinstance(continued, list) or not all(isinstance(times, dict) for times in continued):
+        raise InputError(f"continued is {continued!r}")
+    if not all({"command", "after_epoch"} <= set(times) for times in continued):
+        raise InputError("continued lacks a command or an epoch")
+    for written in (facts, *continued):
+        for key, kind in (("command", str), ("machine", str), ("git_revision", str | None), ("versions", dict)):
+            if key in written and not isinstance(written[key], kind):
+                raise InputError(f"{key} is {written[key]!r}")
