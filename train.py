@@ -18,9 +18,9 @@ from lib.build import (
     build_loss,
     build_model,
     build_optimizer,
+    build_rule,
     build_unpruned,
     check_amp,
-    pruning_arguments,
 )
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
@@ -117,13 +117,13 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
         model, build_optimizer(settings, model), folder, log, epoch, validates=bool(data.ids["validation"])
     )
     state.unpruned = summary(build_unpruned(settings), data.patch_size)
+    state.rule = build_rule(settings, state.unpruned["flops"], state.validates)
     if progress is not None:
         with distributed.agreed():
             checkpoint.restore(state, progress)
-    pruning = pruning_arguments(settings, state.unpruned["flops"])
     if history:
-        checkpoint.restore_published(state, history, pruning, data.patch_size)
-    if pruning and "tau_max" in pruning and not state.validates:
+        checkpoint.restore_published(state, history, data.patch_size)
+    if settings.prunes and not settings.has_budget and not state.validates:
         log("no validation set: thresholds rise by the training loss alone")
     try:
         with tensorboard(folder, epoch) if distributed.is_main() else nullcontext() as writer:
@@ -136,13 +136,11 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
                     epochs=settings.epochs,
                     class_names=data.class_names,
                     writer=writer,
-                    pruning=pruning,
                     save_fms=save_fms,
                 ),
                 epochs=settings.epochs,
                 lr=settings.lr,
                 val_interval=settings.val_interval,
-                prune=pruning is not None,
                 device=device,
                 amp=settings.precision == "bfloat16",
             )

@@ -1,4 +1,4 @@
-"""What settings stand for: the data set, the network, the loss and the optimizer."""
+"""What settings stand for: the data set, the network, the loss, the optimizer and the rule that prunes."""
 
 import math
 from dataclasses import replace
@@ -13,6 +13,7 @@ from lib.models import MODELS, architecture, check_filters
 from lib.models.filters import read_filters
 from lib.models.nnUNet import nnUNet
 from lib.models.size import count_filters
+from lib.pruning.rules import Bounds, BudgetRule, PaperRule, RandomRule, Rule
 from lib.settings import Settings
 from lib.system.cli import flops_of, share_of
 from lib.system.error import InputError
@@ -38,7 +39,8 @@ def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, so
         if "out" not in files:
             raise InputError("--in_filters needs --out_filters: it is the filters that make the network")
         filters = {"out": files["out"]}
-    distances = {"dist_fun": settings.dist_fun, "imp_fun": settings.imp_fun} if settings.model == "sauron" else {}
+    imp_fun = "euc_rand" if settings.imp_fun == "random" else settings.imp_fun  # whose values the rule deals
+    distances = {"dist_fun": settings.dist_fun, "imp_fun": imp_fun} if settings.model == "sauron" else {}
     keys = ("modalities", "n_classes", "fms_init", "levels", "dim")
     model = MODELS[settings.model](**{key: getattr(settings, key) for key in keys}, filters=filters, **distances)
     for key, given in files.items():
@@ -68,21 +70,19 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
     )
 
 
-def pruning_arguments(settings: Settings, unpruned_flops: int) -> dict | None:
-    """The arguments of the callback that prunes by the paper's rule, or to a budget; None where nothing is pruned."""
+def build_rule(settings: Settings, unpruned_flops: int, validates: bool) -> Rule:
+    """The rule that a run is pruned by. validates: whether there is a validation set."""
     if not settings.prunes:
-        return None
+        return Rule()
     first, last = (share_of(moment) * settings.epochs for moment in settings.prune_between)
-    arguments = {
-        "between": (first, last),
-        "min_filters": settings.min_filters,
-        "max_prune_fraction": settings.max_prune_fraction or 1.0,
-    }
+    bounds = Bounds((first, last), settings.min_filters, settings.max_prune_fraction or 1.0)
     if settings.has_budget:
-        budget = {"max_flops": flops_of(settings.max_flops, unpruned_flops), "max_ms": settings.max_ms}
         whole = math.floor(round(first, 6)), math.ceil(round(last, 6))  # the last one is to see the largest threshold
-        return arguments | budget | {"between": whole}
-    return arguments | {key: getattr(settings, key) for key in ("tau_max", "kappa", "rho", "mu")}
+        limits = flops_of(settings.max_flops, unpruned_flops), settings.max_ms
+        rule = BudgetRule(*limits, replace(bounds, between=whole), settings.patch_size, unpruned_flops)
+    else:
+        rule = PaperRule(settings.tau_max, settings.kappa, settings.rho, settings.mu, bounds, validates)
+    return RandomRule(rule) if settings.imp_fun == "random" else rule
 
 
 def check_amp(settings: Settings, device: torch.device) -> None:

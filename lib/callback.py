@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,8 @@ from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.data import patches
 from lib.data.BaseDataset import BaseDataset
-from lib.models.size import count_filters, milliseconds, resized, summary
-from lib.pruning import (
-    Threshold,
-    budget_tau,
-    deletable,
-    fewest_filters,
-    fewest_that_fit,
-    kept,
-    prune,
-    raise_threshold,
-    tau,
-    training_settled,
-)
+from lib.models.size import count_filters, summary
+from lib.pruning.surgery import prune
 from lib.system import distributed
 from lib.system.error import InputError
 
@@ -42,118 +31,18 @@ def _end_epoch_save_best(state: TrainingState) -> None:
         checkpoint.save_model(state.folder / "models" / "model-best", state.model)
 
 
-def _end_epoch_prune(
-    state: TrainingState,
-    tau_max: float,
-    kappa: int,
-    rho: int,
-    mu: float,
-    between: tuple[float, float],
-    min_filters: int,
-    max_prune_fraction: float,
-) -> None:
-    """Raise the thresholds where training has settled, then delete the filters below them (paper section 3.3).
-
-    Nothing rises or goes before or after the epochs `between` (first excluded, last included). `min_filters` and
-    `max_prune_fraction` are those of `fewest_filters` and `deletable`.
-    """
-    train_losses = [row["train_loss"] for row in state.rows]
-    validated = [row["val_loss"] for row in state.rows if row["val_loss"] is not None]
-    settled = training_settled(train_losses, validated if state.validates else None, rho)
-    active = between[0] < state.epoch <= between[1]
-    keep, fewest = {}, fewest_filters(state.model, min_filters)
-    for block in state.model.blocks():
-        if block.head:
-            continue
-        threshold = state.thresholds.setdefault(block.name, Threshold())
-        if not active:
-            continue
-        raise_threshold(threshold, settled, kappa, rho, mu)
-        threshold.lost, threshold.filters_before = 0, block.out_filters
-        if block.out_filters > 1:
-            delta, r = state.delta_prune[block.name]
-            gone = deletable(delta, r, tau(threshold, tau_max, kappa), fewest[block.name], max_prune_fraction)
-            threshold.lost = len(gone)
-            if gone:
-                keep[block.name] = kept(block.out_filters, gone)
-    if keep:
-        prune(state.model, state.optimizer, keep)
-    state.rows[-1]["tau"] = {name: tau(threshold, tau_max, kappa) for name, threshold in state.thresholds.items()}
-    state.rows[-1]["patience"] = {name: threshold.patience for name, threshold in state.thresholds.items()}
-
-
-def _end_epoch_prune_to_budget(
-    state: TrainingState,
-    max_flops: float | None,
-    max_ms: float | None,
-    between: tuple[float, float],
-    min_filters: int,
-    max_prune_fraction: float,
-    patch_size: tuple[int, ...],
-) -> None:
-    """Between two moments of the run let the threshold of all blocks climb at an even pace, and delete the filters
-    below it; the moment that the network fits, pruning stops for good.
-
-    An epoch deletes the filters with the smallest delta_prune first, and no more than are needed to fit. From the next
-    epoch on models/model-best is the best of those that fit.
-    max_flops: of one patch; max_ms: milliseconds for one patch on the run's device; None: no such limit.
-    """
-    row = state.rows[-1]
-    row |= {"budget_met": state.budget_met, "ms": None}
-    climbs = between[0] < state.epoch <= between[1] and not state.budget_met
-    if climbs or len(state.rows) == 1:
-        threshold = budget_tau(state.epoch, between)
-        row["tau"] = {block.name: threshold for block in state.model.blocks() if not block.head}
-    else:
-        row["tau"] = state.rows[-2]["tau"]
-    if not climbs:
-        return
-
-    device = next(state.model.parameters()).device
-    widths = {block.name: block.out_filters for block in state.model.blocks() if not block.head}
-
-    @cache
-    def measured(widths: tuple[tuple[str, int], ...]) -> dict[str, float]:
-        """Once for each network: a second look at the clock might decide otherwise."""
-        widths = dict(widths)
-        flops = summary(resized(state.model, widths), patch_size)["flops"]
-        if not max_ms:
-            return {"flops": flops, "ms": None}
-        ms = milliseconds(resized(state.model, widths, device), patch_size) if distributed.is_main() else None
-        return {"flops": flops, "ms": distributed.broadcast_from_main(ms)}  # one clock decides for all ranks
-
-    def size(widths: dict[str, int]) -> dict[str, float]:
-        return measured(tuple(widths.items()))
-
-    def fits(size: dict[str, float]) -> bool:
-        return (not max_flops or size["flops"] <= max_flops) and (not max_ms or size["ms"] <= max_ms)
-
-    fewest, candidates = fewest_filters(state.model, min_filters), []
-    for name in widths:
-        delta, r = state.delta_prune[name]
-        gone = deletable(delta, r, threshold, fewest[name], max_prune_fraction)
-        candidates += [(delta[c].item(), name, c) for c in gone]
-    ranked = [(name, c) for _, name, c in sorted(candidates)]
-    gone = fewest_that_fit(ranked, widths, lambda widths: fits(size(widths)))
-    keep = {name: kept(widths[name], [c for other, c in gone if other == name]) for name in {name for name, _ in gone}}
-    if keep:
-        prune(state.model, state.optimizer, keep)
-    left = widths | {name: len(indices) for name, indices in keep.items()}
-    reached = size(left)
-    row |= {"budget_met": fits(reached), "ms": reached["ms"]}
-    text = f"{reached['flops']:,} FLOPs ({100 * reached['flops'] / state.unpruned['flops']:.1f}%)"
-    text += f", {reached['ms']:.2f} ms per patch" if max_ms else ""
-    if row["budget_met"]:
+def _end_epoch_prune(state: TrainingState) -> None:
+    """Delete the filters that the rule chooses (paper section 3.3). Once it is done, models/model-best is the best of
+    the networks that fit."""
+    rule, done = state.rule, state.rule.done
+    stays = rule.choose(state.epoch, state.model, state.rows, state.delta_prune)
+    if stays:
+        prune(state.model, state.optimizer, stays)
+    state.rows[-1] |= rule.row()
+    if rule.done != done:
         state.best_loss = math.inf
-        state.log(f"budget met after epoch {state.epoch}: {text}; nothing more is pruned")
-    elif state.epoch + 1 > between[1]:
-        reason = (
-            f"every block has as few filters as --min_filters {min_filters} allows"
-            + " (those that feed a head: at least the number of classes)" * (min_filters > 1)
-            if all(n <= fewest[name] for name, n in left.items())
-            else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
-        )
-        state.log(f"budget not met: {text} after epoch {state.epoch}, the last that prunes; {reason}")
+    for line in rule.notes:
+        state.log(line)
 
 
 def _end_epoch_measure(state: TrainingState, patch_size: tuple[int, ...]) -> None:
@@ -266,19 +155,13 @@ def callbacks(
     epochs: int,
     class_names: tuple[str, ...],
     writer: SummaryWriter | None,
-    pruning: dict | None,
     save_fms: dict | None = None,
 ) -> list[Callback]:
-    """The published order: prune, histories, filter files, model. `pruning` and `save_fms` hold the arguments of their
-    callbacks; None leaves them out. A pruning with "max_flops" is one to a budget. Of several ranks all prune and
-    measure, and the main one writes; only it has a `writer`."""
-    if pruning and "max_flops" in pruning:
-        pruning = [partial(_end_epoch_prune_to_budget, patch_size=patch_size, **pruning)]
-    else:
-        pruning = [partial(_end_epoch_prune, **pruning)] if pruning else []
+    """The published order: prune, histories, filter files, model. `save_fms` holds the arguments of its callback; None
+    leaves it out. All ranks prune and measure; the main one writes, and it alone has a `writer`."""
     return [
         _main_only(_end_epoch_save_best),
-        *pruning,
+        _end_epoch_prune,
         partial(_end_epoch_measure, patch_size=patch_size),
         *([_main_only(partial(_end_epoch_save_all_FMs, **save_fms))] if save_fms else []),
         _main_only(_end_epoch_save_history),

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.models.size import count_filters, resized, summary
-from lib.pruning import FIRST_TAU, Threshold, step_of
+from lib.pruning.rules import FIRST_TAU, Rule
 from lib.published import History
 from lib.settings import Settings
 from lib.system.error import InputError
@@ -64,21 +64,11 @@ class TrainingState:
     epoch: int = 0  # the newest finished one, counted from 1
     rows: list[dict] = field(default_factory=list)  # the history: one JSON-able row per epoch
     validation: dict[str, dict] = field(default_factory=dict)  # by epoch: {"loss", "dice": {subject: [per class]}}
-    thresholds: dict[str, Threshold] = field(default_factory=dict)  # by prunable block
+    rule: Rule = field(default_factory=Rule)  # that prunes
     delta_prune: dict = field(default_factory=dict)  # of the epoch's last training batch; not saved
     unpruned: dict[str, int] = field(default_factory=dict)  # parameters, flops, filters without any pruning; not saved
     best_loss: float = math.inf  # on the validation set: that of models/model-best
     validates: bool = True  # whether there is a validation set
-
-    @property
-    def budget_met(self) -> bool:
-        """Whether the network fits the budget that the run has, if it has one: nothing more is pruned then."""
-        return self.budget_epoch > 0
-
-    @property
-    def budget_epoch(self) -> int:
-        """The epoch at whose end the network came to fit its budget; 0 if it does not yet, or has none."""
-        return next((row["epoch"] for row in self.rows if row.get("budget_met")), 0)
 
 
 def new_run_folder(settings: Settings) -> Path:
@@ -198,7 +188,7 @@ def save(state: TrainingState) -> None:
         "optimizer": state.optimizer.state_dict(),
         "rows": state.rows,
         "validation": state.validation,
-        "thresholds": {name: asdict(threshold) for name, threshold in state.thresholds.items()},
+        "thresholds": state.rule.state_dict(),
         "best_loss": state.best_loss,
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -259,7 +249,7 @@ def restore(state: TrainingState, content: dict) -> None:
     """
     try:
         state.optimizer.load_state_dict(content["optimizer"])
-        state.thresholds = {name: Threshold(**values) for name, values in content["thresholds"].items()}
+        state.rule.load_state_dict(content["thresholds"], content["rows"])
         torch.set_rng_state(content["rng"])
         if content["rng_cuda"] and torch.cuda.device_count() == len(content["rng_cuda"]):
             torch.cuda.set_rng_state_all(content["rng_cuda"])
@@ -272,15 +262,15 @@ def restore(state: TrainingState, content: dict) -> None:
     state.best_loss = content["best_loss"]
 
 
-def restore_published(
-    state: TrainingState, history: History, pruning: dict | None, patch_size: tuple[int, ...]
-) -> None:
-    """Give a state whose model is that of `history.epoch` the rows and thresholds of `history`; what is not known of an
-    epoch is None. `pruning` holds the arguments of the callback that prunes, None where nothing is pruned."""
+def restore_published(state: TrainingState, history: History, patch_size: tuple[int, ...]) -> None:
+    """Give a state whose model is that of `history.epoch` the rows of `history`, and its rule the thresholds; what is
+    not known of an epoch is None."""
     blocks = [block.name for block in state.model.blocks() if not block.head]
-    tau = {name: history.taus.get(name, FIRST_TAU) for name in blocks}
-    patience = {name: history.patiences.get(name, 0) for name in blocks}
-    by_rule = pruning is not None and "max_flops" not in pruning
+    taus = {name: history.taus.get(name, FIRST_TAU) for name in blocks}
+    patiences = {name: history.patiences.get(name, 0) for name in blocks}
+    state.rule.take_over(taus, patiences, history.widths)
+    newest = state.rule.row()
+    unknown = {key: dict.fromkeys(value) if isinstance(value, dict) else value for key, value in newest.items()}
 
     @cache
     def measured(widths: tuple[tuple[str, int], ...]) -> dict:
@@ -291,17 +281,8 @@ def restore_published(
     first = history.epoch - len(history.train_losses) + 1
     for epoch, (loss, widths) in enumerate(zip(history.train_losses, history.widths, strict=True), first):
         row = {"epoch": epoch, "lr": None, "val_loss": history.val_losses.get(epoch), "val_dice": None}
-        row |= {"train_loss": loss, "seconds": None}
-        if pruning is not None:
-            newest, unknown = epoch == history.epoch, dict.fromkeys(blocks)
-            row["tau"] = tau if newest else unknown
-            row |= {"patience": patience if newest else unknown} if by_rule else {"budget_met": False, "ms": None}
+        row |= {"train_loss": loss, "seconds": None} | (newest if epoch == history.epoch else unknown)
         state.rows.append(row | measured(tuple(widths.items())))
-    if by_rule:
-        before, now = history.widths[-2:][0], history.widths[-1]
-        for name in blocks:
-            step = step_of(tau[name], pruning["tau_max"], pruning["kappa"])
-            state.thresholds[name] = Threshold(step, patience[name], before[name] - now[name], before[name])
 
 
 def save_history(state: TrainingState) -> None:

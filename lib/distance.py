@@ -154,21 +154,9 @@ def euc_rand(h: Tensor, sf: int = 2) -> tuple[Tensor, int]:
     return _over_largest(_rms(pooled[:, r : r + 1] - pooled)).mean(0), r
 
 
-def random_filters(h: Tensor, sf: int = 2) -> tuple[Tensor, int]:
-    """The values of `euc_rand` dealt to the maps at random, to compare with: as many lie below a threshold, but which
-    ones is chance.
-
-    Returns what `euc_rand` does; r is the map that was dealt the reference's 0. The order, too, comes from torch's CPU
-    generator.
-    """
-    delta, r = euc_rand(h, sf)
-    dealt = torch.randperm(len(delta))
-    return delta[dealt.to(delta.device)], dealt.tolist().index(r)
-
-
 DISTANCES: dict[str, Callable[..., Tensor]] = {
     "euc_norm": euc_norm,
     "euc_norm_nonorm": euc_norm_nonorm,
     "euc_norm_deltaprunenorm": euc_norm_deltaprunenorm,
 }
-IMPORTANCES: dict[str, Callable[..., tuple[Tensor, int]]] = {"euc_rand": euc_rand, "random": random_filters}
+IMPORTANCES: dict[str, Callable[..., tuple[Tensor, int]]] = {"euc_rand": euc_rand}

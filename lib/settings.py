@@ -154,7 +154,7 @@ class Settings(Options):
         "delta_prune, the distance that is compared with the thresholds; random deals its values to the filters of a "
         "block at random",
         "euc_rand",
-        **one_of(IMPORTANCES),
+        **one_of([*IMPORTANCES, "random"]),
     )
     no_prune: bool = setting("pruning", "train with the distance term, delete nothing", False, shown="prune", **SWITCH)
     max_flops: str = setting(

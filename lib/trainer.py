@@ -34,27 +34,29 @@ def fit(
     epochs: int,
     lr: float,
     val_interval: int,
-    prune: bool,
     device: torch.device,
     amp: bool = False,
 ) -> None:
-    """Train from the epoch after `state.epoch` to `epochs`; `prune` measures delta_prune in each epoch's last batch,
-    `amp` lets the network compute in bfloat16 where that is safe. Of several ranks all call each callback, with equal
-    states, and end together where one of them fails or is stopped.
+    """Train from the epoch after `state.epoch` to `epochs`; `amp` lets the network compute in bfloat16 where that is
+    safe. Of several ranks all call each callback, with equal states, and end together where one of them fails or is
+    stopped.
 
-    Once the network fits its budget, nothing is left for the distance term to prepare: the segmentation loss alone
+    Once the rule that prunes is done, nothing is left for the distance term to prepare: the segmentation loss alone
     trains the small network, and the learning rate starts anew for the epochs that are left.
     """
     while state.epoch < epochs:
-        if state.budget_met:
-            criterion, prune = DS_CrossEntropyDiceLoss(), False
+        done = state.rule.done
+        if done:
+            criterion = DS_CrossEntropyDiceLoss()
         start = time.perf_counter()
         epoch = state.epoch + 1
-        rate = poly_lr(lr, epoch - state.budget_epoch, epochs - state.budget_epoch)
+        rate = poly_lr(lr, epoch - done, epochs - done)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         row = {"epoch": epoch, "lr": rate, "val_loss": None, "val_dice": None}
-        row["train_loss"] = train_epoch(state, criterion, data, epoch, epochs, prune, device, amp)
+        row["train_loss"] = train_epoch(
+            state, criterion, data, epoch, epochs, state.rule.measures and not done, device, amp
+        )
         if state.validates and epoch % val_interval == 0:
             row["val_loss"], row["val_dice"], scores = validate(state.model, criterion, data, device, amp)
             state.validation[str(epoch)] = {"loss": row["val_loss"], "dice": scores}

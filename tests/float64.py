@@ -15,6 +15,7 @@ import torch
 
 import lib.build
 import lib.callback
+import lib.pruning.rules
 import lib.trainer
 import train
 from lib.system import distributed
@@ -55,7 +56,7 @@ def with_rows(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    lib.callback.training_settled = lambda *_: True
+    lib.pruning.rules.training_settled = lambda *_: True
     in_float64()
     if fault := os.environ.get("FAULT"):
         rank, epoch, name = fault.split()

@@ -117,7 +117,7 @@ def _main(
     import lib.callback
 
     torch.set_num_threads(1)
-    lib.callback.training_settled = lambda *_: True  # prune from the first epoch on
+    lib.pruning.rules.training_settled = lambda *_: True  # prune from the first epoch on
     if prepare:
         prepare()
     if fault:

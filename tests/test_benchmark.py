@@ -16,7 +16,7 @@ from lib.data import DATASETS
 from lib.experiments import benchmark
 from lib.models import load_model, nnUNet
 from lib.models.size import summary
-from lib.pruning import prune
+from lib.pruning.surgery import prune
 from lib.system.error import InputError
 
 needs_torch_pruning = pytest.mark.skipif(

@@ -12,9 +12,15 @@ from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.models import Sauron
 from lib.models.BaseModel import read_state
-from lib.pruning import Threshold
+from lib.pruning.rules import Bounds, PaperRule, Threshold
 from lib.settings import Settings
 from lib.system.error import InputError
+
+
+def rule_of(thresholds):
+    rule = PaperRule(0.3, 15, 5, 0.02, Bounds((0, 9)))
+    rule.thresholds = thresholds
+    return rule
 
 
 def make_state(folder, epoch=3):
@@ -25,7 +31,7 @@ def make_state(folder, epoch=3):
     model(torch.randn(1, 1, 8, 8))[0].mean().backward()
     optimizer.step()
     rows = [{"epoch": 1, "train_loss": 0.5, "in_filters": {"b": 1, "a": 2}, "out_filters": {"b": 3, "a": 4}}]
-    return TrainingState(model, optimizer, folder, print, epoch, rows, thresholds={"a": Threshold(2, 1, 0, 4)})
+    return TrainingState(model, optimizer, folder, print, epoch, rows, rule=rule_of({"a": Threshold(2, 1, 0, 4)}))
 
 
 def test_round_trip_of_everything(tmp_path):
@@ -36,7 +42,7 @@ def test_round_trip_of_everything(tmp_path):
     other.model.initialize(model_state=tmp_path / "models" / "model-3")
     checkpoint.restore(other, checkpoint.read_training(tmp_path / "models" / "state-3"))
     assert torch.rand(3).equal(drawn)  # the random state is that of the moment of saving
-    assert (other.epoch, other.rows, other.thresholds) == (3, state.rows, state.thresholds)
+    assert (other.epoch, other.rows, other.rule.thresholds) == (3, state.rows, state.rule.thresholds)
     for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert a.equal(b)
         assert state.optimizer.state[a]["exp_avg"].equal(other.optimizer.state[b]["exp_avg"])

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.distance import DISTANCES, IMPORTANCES, euc_norm, euc_norm_deltaprunenorm, euc_norm_nonorm, euc_rand
-from lib.pruning import deletable
+from lib.distance import DISTANCES, euc_norm, euc_norm_deltaprunenorm, euc_norm_nonorm, euc_rand
 
 
 def literal_euc_norm(h, sf=2):
@@ -113,42 +112,6 @@ def test_euc_rand_properties(batch, channels, seed):
 def test_euc_rand_of_identical_maps_is_zero():
     delta, _ = euc_rand(torch.ones(2, 4, 4, 4))
     assert delta.tolist() == [0, 0, 0, 0]
-
-
-def test_random_filters_have_the_values_of_euc_rand_in_every_order():
-    h = torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(1, 3, 4, 4)
-    # by the reference: distances to maps 0, 1 and 2, over the largest
-    values = {0: [0, 1 / 3, 1], 1: [1 / 2, 0, 1], 2: [1, 2 / 3, 0]}
-    seen = set()
-    for seed in range(100):
-        torch.manual_seed(seed)
-        _, reference = euc_rand(h)
-        torch.manual_seed(seed)
-        delta, r = IMPORTANCES["random"](h)
-        assert sorted(delta.tolist()) == pytest.approx(sorted(values[reference]))
-        assert delta[r] == 0
-        torch.manual_seed(seed)
-        again, r_again = IMPORTANCES["random"](h)
-        assert again.equal(delta) and r_again == r
-        seen.add((reference, *delta.argsort().tolist()))
-    assert len(seen) == 3 * 6  # whichever map is the reference, the values lie in all 6 orders
-
-
-def test_random_filters_go_as_many_as_with_euc_rand():
-    torch.manual_seed(1)
-    h = torch.randn(2, 12, 6, 6)
-    chosen = []
-    for name in ("euc_rand", "random"):
-        torch.manual_seed(2)
-        delta, r = IMPORTANCES[name](h)
-        chosen.append(deletable(delta, r, delta.sort().values[6].item(), at_least=1))
-        assert r not in chosen[-1]
-    assert [len(filters) for filters in chosen] == [5, 5]  # below the seventh value, and not the reference
-    assert set(chosen[0]) != set(chosen[1])
-
-
-def test_random_filters_of_a_single_map():
-    assert IMPORTANCES["random"](torch.randn(2, 1, 4, 4)) == (torch.zeros(1), 0)
 
 
 @pytest.mark.parametrize("name", DISTANCES)

@@ -20,7 +20,7 @@ from lib.checkpoint import TrainingState, restore_published
 from lib.models import Sauron, load_model, nnUNet
 from lib.models.BaseModel import read_state
 from lib.models.size import count_filters, summary
-from lib.pruning import Threshold, raise_threshold, tau
+from lib.pruning.rules import Bounds, BudgetRule, PaperRule, Rule, Threshold, raise_threshold, tau
 from lib.settings import Settings
 from lib.system.error import InputError
 from lib.utils import parseArguments, settings_of
@@ -394,15 +394,16 @@ def test_a_history_that_is_missing_is_named(tmp_path, model, name):
         published.read_history(run, 2, model)
 
 
-RULE = {"tau_max": 0.3, "kappa": 15, "rho": 5, "mu": 0.02}
+def papers_rule(tau_max=0.3, kappa=15):
+    return PaperRule(tau_max, kappa, rho=5, mu=0.02, bounds=Bounds((0, 500)))
 
 
-def restored(tmp_path, model, pruning, **changes):
+def restored(tmp_path, model, rule, **changes):
     run = write_run(tmp_path / "run", model, epochs=3, **changes)
     (tmp_path / "new" / "models").mkdir(parents=True)
     optimizer = torch.optim.Adam(model.parameters())
-    state = TrainingState(model, optimizer, tmp_path / "new", print, epoch=3)
-    restore_published(state, published.read_history(run, 3, model), pruning, (32, 32))
+    state = TrainingState(model, optimizer, tmp_path / "new", print, epoch=3, rule=rule)
+    restore_published(state, published.read_history(run, 3, model), (32, 32))
     return state
 
 
@@ -414,27 +415,30 @@ def test_thresholds_patiences_and_what_was_lost(tmp_path, model):
         "mod_patience": dict.fromkeys(OUT, 0) | {"enc_ConvBlock_3": np.int64(4)},
         "channels_history": {name: [n, n] for name, n in OUT.items()} | {"enc_ConvBlock_3": [11, 10]},
     }
-    state = restored(tmp_path, model, RULE, **changes)
-    assert len(state.thresholds) == 12  # no heads
-    assert state.thresholds["enc_ConvBlock_1"] == Threshold(0, 0, 0, 4)
-    assert state.thresholds["enc_ConvBlock_3"] == Threshold(2, 4, 2, 10)
-    assert state.thresholds["enc_ConvBlock_4"] == Threshold(15, 0, 0, 8)
-    assert tau(state.thresholds["enc_ConvBlock_3"], 0.3, 15) == pytest.approx(0.04086666666, abs=1e-9)
+    state = restored(tmp_path, model, papers_rule(), **changes)
+    assert len(state.rule.thresholds) == 12  # no heads
+    assert state.rule.thresholds["enc_ConvBlock_1"] == Threshold(0, 0, 0, 4)
+    assert state.rule.thresholds["enc_ConvBlock_3"] == Threshold(2, 4, 2, 10)
+    assert state.rule.thresholds["enc_ConvBlock_4"] == Threshold(15, 0, 0, 8)
+    assert tau(state.rule.thresholds["enc_ConvBlock_3"], 0.3, 15) == pytest.approx(0.04086666666, abs=1e-9)
 
 
 @pytest.mark.parametrize(("tau_max", "kappa", "after"), [(0.3, 15, 0.06080), (0.5, 5, 0.1008), (0.02, 4, 0.05)])
 def test_a_threshold_keeps_its_value_and_climbs_to_the_next_one(tmp_path, model, tau_max, kappa, after):
-    rule = RULE | {"tau_max": tau_max, "kappa": kappa}
-    threshold = restored(tmp_path, model, rule, mod_thr=dict.fromkeys(OUT, 0.05)).thresholds["enc_ConvBlock_1"]
+    rule = papers_rule(tau_max, kappa)
+    restored(tmp_path, model, rule, mod_thr=dict.fromkeys(OUT, 0.05))
+    threshold = rule.thresholds["enc_ConvBlock_1"]
     assert tau(threshold, tau_max, kappa) == pytest.approx(0.05)
     raise_threshold(threshold, True, kappa, 5, 0.02)
     assert tau(threshold, tau_max, kappa) == pytest.approx(after)  # the first value above it, if there is one
 
 
-@pytest.mark.parametrize("pruning", [RULE, {"max_flops": 1000.0, "max_ms": None}, None])
-def test_the_rows_are_saved_and_come_back(tmp_path, model, pruning):
+@pytest.mark.parametrize(
+    "make_rule", [papers_rule, lambda: BudgetRule(1000.0, None, Bounds((0, 500)), (32, 32), 10**6), Rule]
+)
+def test_the_rows_are_saved_and_come_back(tmp_path, model, make_rule):
     widths = {name: [n + 1, n + 1] for name, n in OUT.items()}
-    state = restored(tmp_path, model, pruning, channels_history=widths)
+    state = restored(tmp_path, model, make_rule(), channels_history=widths)
     assert [row["epoch"] for row in state.rows] == [1, 2, 3]
     assert [row["train_loss"] for row in state.rows] == [3.0, 2.875, 2.75]
     assert [row["val_loss"] for row in state.rows] == [None, 2.5, None]
@@ -442,15 +446,16 @@ def test_the_rows_are_saved_and_come_back(tmp_path, model, pruning):
     assert {key: state.rows[-1][key] for key in ("parameters", "flops")} == {
         key: summary(model, (32, 32))[key] for key in ("parameters", "flops")
     }
-    assert ("tau" in state.rows[0]) == (pruning is not None)
+    assert ("tau" in state.rows[0]) == state.rule.measures
     checkpoint.save(state)
     checkpoint.save_history(state)
     checkpoint.save_filters(state)
     content = checkpoint.read_training(state.folder / "models" / "state-3")
     assert content["rows"] == state.rows
-    again = TrainingState(model, state.optimizer, state.folder, print)
+    again = TrainingState(model, state.optimizer, state.folder, print, rule=make_rule())
     checkpoint.restore(again, content)
-    assert again.thresholds == state.thresholds
+    assert again.rule.state_dict() == state.rule.state_dict()
+    assert again.rule.row() == state.rule.row()
 
 
 # Whole scripts

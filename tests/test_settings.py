@@ -3,7 +3,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from lib.build import pruning_arguments
 from lib.data import DATASETS
 from lib.settings import Settings
 from lib.system.cli import flops_limit, flops_of, number, run_script
@@ -276,21 +275,6 @@ def test_who_has_a_budget():
         config = config_of(*argv)
         assert (config["max_flops"], config["prune_between"]) == (max_flops, moments), argv
         assert (config["min_filters"], config["max_prune_fraction"]) == (8 if argv[0] == "phantom" else 2, None)
-
-
-def test_what_the_callback_that_prunes_is_given():
-    common = {"min_filters": 2, "max_prune_fraction": 1.0}
-    rule = {"tau_max": 0.3, "kappa": 15, "rho": 5, "mu": 0.02}
-    assert pruning_arguments(settings_from("acdc"), 1000) == {"between": (0, 500), **common, **rule}
-    budget = {"between": (6, 36), "max_flops": 250, "max_ms": None, **common, "min_filters": 8}
-    assert pruning_arguments(settings_from("phantom"), 1000) == budget
-    for epochs, between in ((1, (0, 1)), (7, (0, 5)), (100, (10, 60))):  # there is an epoch, and the last one sees 1
-        assert pruning_arguments(settings_from("phantom", "--epochs", str(epochs)), 1000)["between"] == between
-    config = settings_from("acdc", "--max_ms", "3", "--min_filters", "5", "--max_prune_fraction", "0.25")
-    found = {key: value for key, value in pruning_arguments(config, 1000).items() if key != "between"}
-    assert found == {"max_flops": None, "max_ms": 3, "min_filters": 5, "max_prune_fraction": 0.25}
-    for argv in (["phantom", "--no_prune"], ["acdc", "--model", "nnunet"]):
-        assert pruning_arguments(settings_from(*argv), 1000) is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from lib.build import build_optimizer
 from lib.checkpoint import TrainingState
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron, compile_model, nnUNet
-from lib.pruning import prune
+from lib.pruning.rules import Rule
+from lib.pruning.surgery import prune
 from lib.settings import Settings
 from lib.system.error import InputError
 from lib.trainer import compute_loss, fit, overlap, poly_lr, validate
@@ -39,16 +40,27 @@ class TinyData:
         yield {"image": image, "label": (image[:, 0] > 0).long(), "id": "v"}
 
 
+class Watching(Rule):
+    """Measures, and deletes nothing."""
+
+    measures = True
+
+
+def is_done_after_2(state):
+    if state.epoch >= 2:
+        state.rule.done = 2
+
+
 def make_state(folder, epoch=0, kind=Sauron):
     (folder / "models").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     model = kind(1, 2, 2, 3)
     model.initialize()
-    return TrainingState(model, torch.optim.Adam(model.parameters(), lr=1), folder, print, epoch)
+    return TrainingState(model, torch.optim.Adam(model.parameters(), lr=1), folder, print, epoch, rule=Watching())
 
 
-def run(state, callbacks=(), epochs=4, prune=True, data=None, amp=False):
-    settings = {"epochs": epochs, "lr": 1e-2, "val_interval": 2, "prune": prune, "device": CPU, "amp": amp}
+def run(state, callbacks=(), epochs=4, data=None, amp=False):
+    settings = {"epochs": epochs, "lr": 1e-2, "val_interval": 2, "device": CPU, "amp": amp}
     fit(state, DS_CrossEntropyDiceLoss_Distance(0.5), data or TinyData(), callbacks, **settings)
 
 
@@ -62,7 +74,7 @@ def test_once_the_budget_is_met_the_segmentation_loss_alone_trains(tmp_path, mon
 
     monkeypatch.setattr("lib.trainer.compute_loss", recorded)
     state = make_state(tmp_path)
-    run(state, [lambda state: state.rows[-1].update(budget_met=state.epoch >= 2)])
+    run(state, [is_done_after_2])
     rounds = {True: [(True, False, True), (True, True, True)], False: [(False, False, True)] * 2}
     validation = [(uses, False, False) for uses in (True, True, False, False)]  # two batches in epochs 2 and 4
     assert seen == [*rounds[True], *rounds[True], *validation[:2], *rounds[False], *rounds[False], *validation[2:]]
@@ -76,7 +88,7 @@ def test_once_the_budget_is_met_the_segmentation_loss_alone_trains(tmp_path, mon
 def test_once_the_budget_is_met_the_learning_rate_starts_anew(tmp_path):
     """For the epochs that are left; a resume in their midst goes on with it."""
     state = make_state(tmp_path)
-    run(state, [lambda state: state.rows[-1].update(budget_met=state.epoch >= 2)], epochs=5)
+    run(state, [is_done_after_2], epochs=5)
     rates = [row["lr"] for row in state.rows]
     assert rates == pytest.approx([1e-2, 1e-2 * 0.8**0.9, 1e-2, 1e-2 * (2 / 3) ** 0.9, 1e-2 * (1 / 3) ** 0.9])
     assert state.optimizer.param_groups[0]["lr"] == rates[-1]

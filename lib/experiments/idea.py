@@ -20,7 +20,8 @@ from lib.data.phantom import write_phantom
 from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron
 from lib.models.size import summary
-from lib.pruning import deletable, kept, prune
+from lib.pruning.selection import deletable, kept
+from lib.pruning.surgery import prune
 from lib.system.cli import Parser, run_script
 
 TAU, EPOCHS, COPIES, SIZE = 0.3, 20, 4, 64

@@ -39,7 +39,7 @@ from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models.nnUNet import ConvBlock, nnUNet
 from lib.models.Sauron import Measured, Sauron
 from lib.models.size import summary
-from lib.pruning import prune
+from lib.pruning.surgery import prune
 from lib.system.cli import Parser, number, run_script
 from lib.system.device import find_device
 from lib.system.process import keep_freed_memory

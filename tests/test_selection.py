@@ -1,0 +1,92 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.models import Sauron
+from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept
+
+
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12),
+    st.floats(0, 1),
+    st.integers(1, 14),
+    st.floats(0.01, 1),
+    st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_nearest_filters_go_within_the_bounds(delta, threshold, at_least, fraction, data):
+    r = data.draw(st.integers(0, len(delta) - 1))
+    gone = deletable(torch.tensor(delta), r, threshold, at_least, fraction)
+    below = sorted(d for c, d in enumerate(delta) if c != r and d < threshold)
+    assert [delta[c] for c in gone] == below[: len(gone)] and len(set(gone)) == len(gone)
+    stay = kept(len(delta), gone).tolist()
+    assert r in stay and sorted(stay + gone) == list(range(len(delta)))
+    assert len(stay) >= min(at_least, len(delta))
+    assert len(gone) <= fraction * len(delta) + 1e-6
+    if at_least == fraction == 1:
+        assert len(gone) == len(below)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "at_least", "fraction", "gone"),
+    [
+        (0.5, 1, 1.0, [4, 2, 1]),  # all below the threshold, the smallest first, the reference 3 never
+        (0.2, 1, 1.0, [4]),  # 0.2 is not below 0.2
+        (0.9, 3, 1.0, [4, 2]),  # three of five stay
+        (0.9, 6, 1.0, []),  # fewer than the floor already
+        (0.9, 1, 0.4, [4, 2]),  # 40% of five are two
+        (0.9, 1, 0.39, [4]),
+        (0.9, 1, 0.19, []),  # less than one
+        (1.1, 1, 1.0, [4, 2, 1, 0]),
+    ],
+)
+def test_deletable_by_hand(threshold, at_least, fraction, gone):
+    delta = torch.tensor([0.9, 0.3, 0.2, 0.0, 0.1])
+    assert deletable(delta, 3, threshold, at_least, fraction) == gone
+
+
+def test_the_fraction_is_not_cut_by_round_off():
+    assert len(deletable(torch.zeros(100), 0, 1.0, 1, 0.29)) == 29  # 0.29 * 100 is 28.999999999999996
+
+
+@pytest.mark.parametrize(("min_filters", "feeds_a_head"), [(2, 5), (7, 7)])
+def test_blocks_that_feed_a_head_keep_as_many_filters_as_there_are_classes(min_filters, feeds_a_head):
+    fewest = fewest_filters(Sauron(1, 5, 8, 4), min_filters)
+    assert len(fewest) == 8 + 3 + 6  # no heads
+    feeders = {"dec_ConvBlock_4", "dec_ConvBlock_6"}  # the last block of every stage but the deepest
+    assert {name for name, n in fewest.items() if n == feeds_a_head} >= feeders
+    assert {fewest[name] for name in set(fewest) - feeders} == {min_filters}
+    assert set(fewest_filters(Sauron(1, 5, 8, 4), 1).values()) == {1}  # the published rule
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1),
+    st.integers(0, 900),
+    st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_shortest_beginning_that_fits(blocks, limit, data):
+    """The cost is that of all filters that are left, so it falls with each deleted one, as FLOPs do."""
+    widths = {name: n for name, (n, _) in blocks.items()}
+    filters = [(name, c) for name, n in widths.items() for c in range(n)]
+    ranked = data.draw(st.permutations(filters))[: data.draw(st.integers(0, len(filters)))]
+
+    def cost(widths):
+        return sum(n * blocks[name][1] for name, n in widths.items())
+
+    def without(gone):
+        return cost({name: n - sum(other == name for other, _ in gone) for name, n in widths.items()})
+
+    gone = fewest_that_fit(ranked, widths, lambda widths: cost(widths) <= limit)
+    assert gone == ranked[: len(gone)]
+    assert without(gone) <= limit or gone == ranked
+    assert not gone or without(gone[:-1]) > limit
+
+
+def test_the_network_is_measured_a_few_times_only():
+    measured = []
+    ranked = [("a", c) for c in range(100)]
+    gone = fewest_that_fit(ranked, {"a": 128}, lambda widths: measured.append(widths["a"]) or widths["a"] <= 67)
+    assert gone == ranked[:61]
+    assert len(measured) <= 7
