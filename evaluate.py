@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--output {args.output}: exists already; give --overwrite or another --output")
         check_writable(args.output, "--output")
         dataset = DATASETS[args.data]
-        folders = [Path(root) / dataset.folder for root in (os.environ.get("SAURON_DATA", "data"), "data")]
-        own = next((folder for folder in folders if folder.is_dir()), folders[0])
-        found = find_pairs(args.pred, args.gt or own)
+        folders = dataset.folders(args.gt)
+        found = find_pairs(args.pred, next(filter(Path.is_dir, folders), folders[0]), dataset.find)
         rules = Rules(dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.regions)
         summary = read_model_summary(args.pred)
         names = [prediction.name for prediction, _ in found.pairs.values()]

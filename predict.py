@@ -13,6 +13,7 @@ from lib.data.nifti import scale_note
 from lib.inference import default_batch_size, predict_file
 from lib.models import compile_model, load_model
 from lib.prediction import (
+    Images,
     begin,
     challenge_names,
     check_model,
@@ -91,13 +92,15 @@ def run_settings(model_state: Path) -> Settings | None:
     return Settings.read(run)[0] if published.read_config(run) is None else None
 
 
-def find_images(args: argparse.Namespace, settings: Settings | None) -> dict[str, Path]:
+def find_images(args: argparse.Namespace, settings: Settings | None) -> dict[str, Images]:
     """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
     dataset = DATASETS[args.data]
     if args.input is None:
         images = partition_images(dataset, args.original, args.partition, settings, args.model_state)
     else:
         images = input_images(args.input, dataset)
+    for subject, files in images.items():
+        dataset.check_channels(subject, files)
     return challenge_names(images, dataset) if args.challenge_names else images
 
 
@@ -126,14 +129,21 @@ def predict(args: argparse.Namespace) -> None:
         begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, settings)
     )
     noted = None  # the first image whose header disagrees with itself
-    for i, (subject, path) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
+    for i, (subject, files) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
         check_stopped()
         prediction = predict_file(
-            model, path, dataset.preprocessing, patch_size, tta, batch_size, args.probabilities, precision == "bfloat16"
+            model,
+            files,
+            dataset.preprocessing,
+            patch_size,
+            tta,
+            batch_size,
+            args.probabilities,
+            precision == "bfloat16",
         )
         if i == 0:  # a first image that is bad leaves nothing behind
             start()
-        if not noted and (noted := scale_note([path])):
+        if not noted and (noted := scale_note(files)):
             tqdm.write(noted)
         if not args.probabilities:
             drop_probabilities(subject, record, args.overwrite)

@@ -134,7 +134,7 @@ def train(argv: list[str] | None, held: ExitStack) -> None:
                 callbacks(
                     patch_size=data.patch_size,
                     epochs=settings.epochs,
-                    class_names=data.class_names,
+                    class_names=data.dataset.class_names,
                     writer=writer,
                     save_fms=save_fms,
                 ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib.data.BaseDataset import BaseDataset
+from lib.data.loading import Loader
 from lib.loss import LOSSES
 from lib.models import MODELS, architecture, check_filters
 from lib.models.filters import read_filters
@@ -19,10 +19,10 @@ from lib.system.cli import flops_of, share_of
 from lib.system.error import InputError
 
 
-def build_dataset(settings: Settings) -> BaseDataset:
+def build_dataset(settings: Settings) -> Loader:
     """The data of a run. Raises InputError if they are not there, or cannot be split so."""
     keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
-    return settings.dataset(**{key: getattr(settings, key) for key in keys})
+    return Loader(settings.dataset, **{key: getattr(settings, key) for key in keys})
 
 
 def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, source: str | Path = "") -> nnUNet:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lib import checkpoint
 from lib.checkpoint import TrainingState
 from lib.data import patches
-from lib.data.BaseDataset import BaseDataset
+from lib.data.loading import Loader
 from lib.models.size import count_filters, summary
 from lib.pruning.surgery import prune
 from lib.system import distributed
@@ -52,8 +52,8 @@ def _end_epoch_measure(state: TrainingState, patch_size: tuple[int, ...]) -> Non
     state.rows[-1] |= {"in_filters": counted["in"], "out_filters": counted["out"]}
 
 
-def fixed_image(data: BaseDataset) -> Tensor:
-    """The image whose feature maps are saved, (1, 1, *patch_size): the middle slice (3D: patch) of the first
+def fixed_image(data: Loader) -> Tensor:
+    """The image whose feature maps are saved, (1, C, *patch_size): the middle slice (3D: patch) of the first
     validation volume, cropped or padded centrally. Raises InputError if there is no validation set."""
     if not data.ids["validation"]:
         raise InputError("--save_fms: there is no validation image; give --split a second share, such as 0.9:0.1")

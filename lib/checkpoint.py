@@ -103,7 +103,7 @@ def begin(folder: Path, settings: Settings, about: dict, earlier: dict, epoch: i
 def changed_subjects(folder: Path, content: dict[str, dict[str, dict[str, str]]]) -> dict[str, str]:
     """Which subjects a run did not train or validate with as they are now, and what is the matter with each.
 
-    `content` is that of BaseDataset.content. None is named for a run of the time before it was noted. Raises InputError
+    `content` is that of Loader.content. None is named for a run of the time before it was noted. Raises InputError
     if the note is broken.
     """
     path, changed = folder / SUBJECTS, {}

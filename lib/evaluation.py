@@ -5,6 +5,7 @@ Neither this module nor what it imports needs torch, so that worker processes st
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.data.nifti import PROBABILITIES, SUFFIXES, TRUTH, aligned, only, read_label, stem
+from lib.data.BaseDataset import SubjectFiles
+from lib.data.geometry import aligned
+from lib.data.nifti import PROBABILITIES, SUFFIXES, TRUTH, only, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text
@@ -61,14 +64,17 @@ class Pairs(NamedTuple):
         return lines
 
 
-def find_pairs(predictions: Path, truths: Path) -> Pairs:
+def find_pairs(
+    predictions: Path, truths: Path, find: Callable[[Path], list[SubjectFiles]] = lambda folder: []
+) -> Pairs:
     """The predictions `<subject>.nii.gz` (or .nii) in a folder, each with its ground truth.
 
     `<subject>_probabilities` is no prediction of labels and is passed over; so is `<subject>_gt`. The ground truth is
     looked for in the folder `truths` itself, as `<subject>_gt` or `<subject>`, and, there or in one of FOLDERS, in the
     data sets' layouts: `patientNNN/patientNNN_frameFF_gt`, `case_NNNNN/segmentation` and
     `case_NNNNN/aggregated_MAJ_seg`. A prediction may also be called `prediction_NNNNN`, as the KiTS challenge wants it,
-    and is then looked for as `case_NNNNN`.
+    and is then looked for as `case_NNNNN`. A ground truth that is in none of these places may be where the data set's
+    `find` says.
 
     Raises InputError if there is no prediction, one has no ground truth, or two files claim to be the same thing.
     """
@@ -82,6 +88,7 @@ def find_pairs(predictions: Path, truths: Path) -> Pairs:
         raise InputError(f"--pred {predictions}: no predictions <subject>.nii.gz there; predict first")
     if not truths.is_dir():
         raise InputError(f"--gt {truths}: no such folder; give the one that holds the ground truth")
+    own: dict[str, Path] = {}  # what `find` has found
     pairs: dict[str, tuple[Path, Path]] = {}
     cases: dict[str, Path] = {}
     flat = {stem(path) for path in set(truths.glob("*.nii*")) - set(files) if stem(path)}
@@ -92,9 +99,18 @@ def find_pairs(predictions: Path, truths: Path) -> Pairs:
         case = _case(stem(path))
         if cases.setdefault(case, path) != path:
             raise InputError(f"--pred: {case}: both {cases[case]} and {path} are there; take away the one not meant")
-        pairs[stem(path)] = path, _find_truth(path, case, truths, not marked)
+        truth = _find_truth(path, case, truths, not marked)
+        if truth is None:
+            own = own or {file.id: file.label for file in find(truths) if file.label}
+            truth = own.get(case)
+        if truth is None:
+            raise InputError(
+                f"{path}: no ground truth of this name in {truths} (--gt); looked for {case}{TRUTH}.nii.gz, "
+                f"{case.split('_')[0]}/{case}{TRUTH}.nii.gz, ..."
+            )
+        pairs[stem(path)] = path, truth
     flat_truths = {name[: -len(TRUTH)] for name in marked} or flat
-    alone = sorted(_all_truths(truths, flat_truths) - set(cases))
+    alone = sorted((own.keys() or _all_truths(truths, flat_truths)) - cases.keys())
     return Pairs(pairs, alone, left_out)
 
 
@@ -102,19 +118,16 @@ def _case(subject: str) -> str:
     return re.sub(r"^prediction_(?=\d{5}$)", "case_", subject)
 
 
-def _find_truth(prediction: Path, case: str, truths: Path, unmarked: bool) -> Path:
-    """The file with the ground truth of one prediction; InputError if there is none, or more than one. `unmarked`:
-    whether it may be a file of the case's very name."""
+def _find_truth(prediction: Path, case: str, truths: Path, unmarked: bool) -> Path | None:
+    """The file with the ground truth of one prediction; None if there is none. Raises InputError if there are two.
+    `unmarked`: whether it may be a file of the case's very name."""
     nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
     wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
     for names in (wanted, [case] * unmarked):
         paths = [truths / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
         if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
             return found
-    raise InputError(
-        f"{prediction}: no ground truth of this name in {truths} (--gt); looked for {case}{TRUTH}.nii.gz, "
-        f"{nested[0]}.nii.gz, ..."
-    )
+    return None
 
 
 def _all_truths(truths: Path, flat: set[str]) -> set[str]:

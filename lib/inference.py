@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +10,16 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torchio as tio
 from torch import Tensor, nn
 
 from lib.data import nifti
+from lib.data.geometry import in_stored_order
 from lib.data.preprocessing import (
     Grid,
     Preprocessing,
-    check_size,
     crop_or_pad,
-    in_own_frame,
     preprocess,
+    read_channels,
     to_original_grid,
 )
 from lib.record import as_source
@@ -30,7 +28,7 @@ from lib.system.process import check_stopped
 
 
 class Prediction(NamedTuple):
-    labels: np.ndarray  # (X, Y, Z) uint8, in the order of the file
+    labels: np.ndarray  # (X, Y, Z) of `nifti.label_type`, in the order of the file
     probabilities: np.ndarray | None  # (X, Y, Z, n_classes) float32, likewise
     header: nib.Nifti1Header  # of the image
     source: dict  # what says which file the image was: as `lib.record.source_identity`
@@ -118,7 +116,7 @@ def trial_prediction(model: nn.Module, batch_size: int, patch_size: tuple[int, .
 
 def predict_file(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | Sequence[Path],
     preprocessing: Preprocessing,
     patch_size: tuple[int, ...],
     tta: bool = True,
@@ -126,27 +124,25 @@ def predict_file(
     probabilities: bool = False,
     amp: bool = False,
 ) -> Prediction:
-    """Labels and, if asked for, probabilities of a NIfTI file, on its very grid, and what `save` needs.
+    """Labels and, if asked for, probabilities of a NIfTI file (or one for each channel), on its very grid, and what
+    `save` needs.
 
     Labels need one byte per voxel of the original and some for the image itself; probabilities four for each class.
     Raises InputError if the file cannot be used.
     """
-    original = nifti.read_image(path)
-    check_size(original.path, original.geometry, preprocessing)
-    image = in_own_frame(original, preprocessing.orientation, tio.ScalarImage)
-    original = replace(original, array=None)
+    image, original = read_channels(path, preprocessing)
     grid = Grid(image.spatial_shape, image.affine)
     volume, affine, padding = preprocess(image, preprocessing)
     del image  # the largest array of all
     predicted = predict_volume(model, volume, patch_size, tta, batch_size, amp)
-    labels = np.empty(grid.shape, np.uint8, order="F")  # NIfTI's order
+    labels = np.empty(grid.shape, nifti.label_type(len(predicted)), order="F")  # NIfTI's order
     kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
     for slab, part in to_original_grid(predicted, affine, padding, grid):
         labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
         if kept is not None:
             kept[slab] = part.movedim(0, -1)
     source = as_source(original.path, original.n_bytes, original.sha256)
-    stored = partial(nifti.in_stored_order, geometry=original.geometry, codes=preprocessing.orientation)
+    stored = partial(in_stored_order, geometry=original.geometry, codes=preprocessing.orientation)
     return Prediction(stored(labels), None if kept is None else stored(kept), original.header, source)
 
 

@@ -20,11 +20,12 @@ from lib.system.device import faster_precision
 from lib.system.error import InputError
 from lib.system.files import sweep, write_json
 
-DEFAULT_SEED = 42  # of the split, as in training
+Images = tuple[Path, ...]  # the files of one image, one for each channel
+DEFAULT_SPLIT = {"split": "0.9:0.1", "seed_data": 42}  # as in training
 METHOD = 1  # raise it whenever the same job gives other predictions of the same image
 
 
-def check_model(model: nnUNet, source: Path, dataset: type[BaseDataset], patch_size: tuple[int, ...]) -> None:
+def check_model(model: nnUNet, source: Path, dataset: BaseDataset, patch_size: tuple[int, ...]) -> None:
     """Raise InputError unless the model (of the file `source`), the data set and the patch belong together."""
     for what in ("dim", "n_classes", "modalities"):
         found, needed = getattr(model, what), getattr(dataset, what)
@@ -39,8 +40,8 @@ def check_model(model: nnUNet, source: Path, dataset: type[BaseDataset], patch_s
 
 
 def partition_images(
-    dataset: type[BaseDataset], folder: Path | None, partition: str, settings: Settings | None, source: Path
-) -> dict[str, Path]:
+    dataset: BaseDataset, folder: Path | None, partition: str, settings: Settings | None, source: Path
+) -> dict[str, Images]:
     """The images of "train", "validation" or "test" in the data set's `folder`, by id; `settings` are those of the run
     of the model `source`.
 
@@ -52,16 +53,16 @@ def partition_images(
             f"--partition {partition}: the run of {source}, and so its split, is not known; give the model inside its "
             "run folder, or --input"
         )
-    split = {"split": settings.split, "seed_data": settings.seed_data} if settings else {"seed_data": DEFAULT_SEED}
+    split = {key: getattr(settings, key, default) for key, default in DEFAULT_SPLIT.items()}
     if settings is None:
-        tqdm.write(f"the run of {source} is not known: predicting the test set of seed {DEFAULT_SEED}")
-    images = {file.id: file.image for file in dataset(data_path=folder, **split).files(partition)}
+        tqdm.write(f"the run of {source} is not known: predicting the test set of seed {split['seed_data']}")
+    images = {file.id: file.images for file in dataset.partitions(folder, **split)[partition]}
     if not images:
         raise InputError(f"--partition {partition} of {dataset.name}: there is no image on disk to predict")
     return images
 
 
-def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
+def input_images(source: Path, dataset: BaseDataset) -> dict[str, Images]:
     """The image `source`, or those in this folder, by name. One of the data set's own images is called by its id, and
     of a folder in the data set's layout, or of one of its subjects, only these are taken. Of a folder the ground truths
     and probabilities are left out, and a line says so.
@@ -72,9 +73,11 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
         raise InputError(f"--input {source}: no such file or folder")
     source = source.absolute()  # for its parents
     place = source if source.is_dir() else source.parent
-    own = {file.id: file.image for file in dataset.find(place.parent) if source in (file.image, file.image.parent)}
-    if own:
-        return own
+    near = [file for file in dataset.find(place.parent) if source in (*file.images, file.image.parent)]
+    if dataset.modalities > 1:  # no single file is an image
+        near = near or [file for file in dataset.find(place) if source in (place, *file.images)]
+    if near:
+        return {file.id: file.images for file in near}
     images, left_out = {}, 0
     for path in sorted(source.iterdir()) if source.is_dir() else [source]:
         name = stem(path)
@@ -82,10 +85,10 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
             continue
         if source.is_dir() and name.lower().endswith((TRUTH, PROBABILITIES)):
             left_out += 1
-        elif images.setdefault(name, path) != path:
+        elif images.setdefault(name, (path,)) != (path,):
             raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
-        images = images or {file.id: file.image for file in dataset.find(source)}
+        images = images or {file.id: file.images for file in dataset.find(source)}
     what = f"{left_out} file{'s' * (left_out > 1)} *{TRUTH} or *{PROBABILITIES}, which are no images"
     if not images:
         raise InputError(
@@ -96,7 +99,7 @@ def input_images(source: Path, dataset: type[BaseDataset]) -> dict[str, Path]:
     return images
 
 
-def challenge_names(images: dict[str, Path], dataset: type[BaseDataset]) -> dict[str, Path]:
+def challenge_names(images: dict[str, Images], dataset: BaseDataset) -> dict[str, Images]:
     """The same images by the names that the challenge wants for their predictions.
 
     Raises InputError if the data set has no such names, or an id has not exactly one number, and one of its own.
@@ -104,12 +107,12 @@ def challenge_names(images: dict[str, Path], dataset: type[BaseDataset]) -> dict
     if dataset.challenge_name is None:
         raise InputError(f"--challenge_names: there are none for --data {dataset.name}; leave this flag out")
     renamed = {}
-    for subject, path in images.items():
+    for subject, paths in images.items():
         numbers = re.findall(r"\d+", subject)
         name = dataset.challenge_name.format(case=int(numbers[0])) if len(numbers) == 1 else None
         if name is None or name in renamed:
-            raise InputError(f"{path}: --challenge_names needs one number in each name, and no number twice")
-        renamed[name] = path
+            raise InputError(f"{paths[0]}: --challenge_names needs one number in each name, and no number twice")
+        renamed[name] = paths
     return renamed
 
 
@@ -120,29 +123,30 @@ def outputs_of(subject: str, folder: Path, probabilities: bool) -> list[Path]:
 
 
 def choose_images(
-    images: dict[str, Path], record: Record, job: dict, probabilities: bool, skip_existing: bool, overwrite: bool
-) -> dict[str, Path]:
+    images: dict[str, Images], record: Record, job: dict, probabilities: bool, skip_existing: bool, overwrite: bool
+) -> dict[str, Images]:
     """The images still to be predicted into the folder of `record`.
 
     Raises InputError rather than replace anything unasked, or leave there what `job` would not have made.
     """
-    originals = {path.resolve() for path in images.values()}
+    files = [path for paths in images.values() for path in paths]
+    originals = {path.resolve() for path in files}
     outputs = {subject: outputs_of(subject, record.folder, probabilities) for subject in images}
     for path in (path for paths in outputs.values() for path in paths):
         if path.resolve() in originals:
             raise InputError(f"{path}: would replace an image that is to be predicted; give another --output")
         if path.exists() and not (skip_existing or overwrite):
             raise InputError(f"{path}: exists already; give --skip_existing, --overwrite or another --output")
-    if any(path.parent.resolve() == record.folder.resolve() for path in images.values()):
+    if any(path.parent.resolve() == record.folder.resolve() for path in files):
         raise InputError(f"--output {record.folder}: is the folder of the images; give another --output")
     if not overwrite:
         check_others(record, job)
     if skip_existing:
-        return {subject: path for subject, path in images.items() if not is_done(record, job, path, outputs[subject])}
+        return {subject: own for subject, own in images.items() if not is_done(record, job, own, outputs[subject])}
     return images
 
 
-def begin(record: Record, job: dict, images: dict[str, Path], probabilities: bool, description: dict) -> None:
+def begin(record: Record, job: dict, images: dict[str, Images], probabilities: bool, description: dict) -> None:
     """Clear the folder of what killed processes left, describe the model in it, and note what is overwritten."""
     sweep(record.folder)
     outputs = [output for subject in images for output in outputs_of(subject, record.folder, probabilities)]
@@ -181,7 +185,7 @@ def precision_of(
 
 
 def describe_job(
-    source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], tta: bool, amp: bool, precision: str
+    source: dict, dataset: BaseDataset, patch_size: tuple[int, ...], tta: bool, amp: bool, precision: str
 ) -> dict:
     """All but the image that a prediction depends on, as it is written to the record; `source` is the model."""
     return {
@@ -197,7 +201,7 @@ def describe_job(
 
 
 def describe(
-    model: nnUNet, source: dict, dataset: type[BaseDataset], patch_size: tuple[int, ...], settings: Settings | None
+    model: nnUNet, source: dict, dataset: BaseDataset, patch_size: tuple[int, ...], settings: Settings | None
 ) -> dict:
     """What model.json says: the model, and its size before and after pruning (null where the former is unknown).
 

@@ -7,13 +7,13 @@ sum. This module needs no torch, as evaluation does not.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.system.error import InputError
-from lib.system.files import digest, file_digest, read_text, write_json
+from lib.system.files import digest, file_digest, joint_digest, read_text, write_json
 
 NAME = "predictions.json"
 VERSION = 1  # of the file
@@ -140,9 +140,9 @@ def check_others(record: Record, job: dict) -> None:
         raise InputError(f"{record.folder}: holds predictions, but no {NAME} says what they were made from; {MEND}")
 
 
-def is_done(record: Record, job: dict, source: Path, outputs: Iterable[Path]) -> bool:
-    """Whether the outputs of an image are there, made by this job from this image; not if it has to overwrite them.
-    Those that are there are pending no more.
+def is_done(record: Record, job: dict, source: Sequence[Path], outputs: Iterable[Path]) -> bool:
+    """Whether the outputs of an image are there, made by this job from this image (one file for each channel); not if
+    it has to overwrite them. Those that are there are pending no more.
 
     Raises InputError if one is there that was made from anything else, or changed since.
     """
@@ -160,12 +160,12 @@ def is_done(record: Record, job: dict, source: Path, outputs: Iterable[Path]) ->
         elif entry["job"] != now:
             raise InputError(f"{output}: is another prediction ({difference(record.jobs[entry['job']], job)}); {MEND}")
         else:
-            raise InputError(f"{source}: is not the image that {output} was predicted from; {MEND}")
+            raise InputError(f"{source[0]}: is not the image that {output} was predicted from; {MEND}")
     return done
 
 
-def _is_same(described: dict, source: Path) -> bool:
-    now = source_identity(source)
+def _is_same(described: dict, source: Sequence[Path]) -> bool:
+    now = source_identity(*source)
     return (described["size"], described["sha256"]) == (now["size"], now["sha256"])
 
 
@@ -174,10 +174,12 @@ def as_source(path: Path, n_bytes: int, sha256: str) -> dict:
     return {"path": str(path.resolve()), "size": n_bytes, "sha256": sha256}
 
 
-def source_identity(path: Path) -> dict:
-    """What says which file this is: its size and SHA-256, and its path for people. Raises InputError."""
+def source_identity(path: Path, *others: Path) -> dict:
+    """What says which file this is: its size and SHA-256, and its path for people. Of an image of several files: the
+    path of the first, and size and `joint_digest` of all. Raises InputError."""
     try:
-        return as_source(path, path.stat().st_size, file_digest(path))
+        files = path, *others
+        return as_source(path, sum(file.stat().st_size for file in files), joint_digest(map(file_digest, files)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({str(error.strerror).lower()}); give another file") from error
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lib.callback import Callback
 from lib.checkpoint import TrainingState
-from lib.data.BaseDataset import BaseDataset
+from lib.data.loading import Loader
 from lib.loss import DS_CrossEntropyDiceLoss
 from lib.models.Sauron import Measured
 from lib.system import distributed
@@ -28,7 +28,7 @@ def poly_lr(lr: float, epoch: int, epochs: int) -> float:
 def fit(
     state: TrainingState,
     criterion: nn.Module,
-    data: BaseDataset,
+    data: Loader,
     callbacks: Sequence[Callback],
     *,
     epochs: int,
@@ -71,7 +71,7 @@ def fit(
 def train_epoch(
     state: TrainingState,
     criterion: nn.Module,
-    data: BaseDataset,
+    data: Loader,
     epoch: int,
     epochs: int,
     prune: bool,
@@ -172,7 +172,7 @@ def trial_step(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, criterion: nn.Module, data: BaseDataset, device: torch.device, amp: bool = False
+    model: nn.Module, criterion: nn.Module, data: Loader, device: torch.device, amp: bool = False
 ) -> tuple[float, list[float | None], dict[str, list[float | None]]]:
     """Mean loss over the patches, mean Dice per class over the subjects that have it, and Dice by subject and class.
 
@@ -202,10 +202,10 @@ def validate(
 
 
 def _validate_volume(
-    model: nn.Module, criterion: nn.Module, volume: dict, data: BaseDataset, device: torch.device, amp: bool
+    model: nn.Module, criterion: nn.Module, volume: dict, data: Loader, device: torch.device, amp: bool
 ) -> dict:
     """{"id", "dice": by class, "losses": (loss, number of patches) of each part of the volume}."""
-    losses, counts = [], torch.zeros(3, data.n_classes, dtype=torch.int64)
+    losses, counts = [], torch.zeros(3, data.dataset.n_classes, dtype=torch.int64)
     for images, labels in zip(
         volume["image"].split(data.batch_size), volume["label"].split(data.batch_size), strict=True
     ):
@@ -215,7 +215,7 @@ def _validate_volume(
         if not torch.isfinite(loss):
             raise InputError(f"the validation loss is {loss.item()} on {volume['id']}; look at this image")
         losses.append((loss.item(), len(images)))
-        counts += overlap(measured.outputs[0].argmax(1), labels, data.n_classes).cpu()
+        counts += overlap(measured.outputs[0].argmax(1), labels, data.dataset.n_classes).cpu()
     dice = [2 * tp / (p + t) if p + t else None for tp, p, t in counts.T.tolist()]
     return {"id": volume["id"], "dice": dice, "losses": losses}
 

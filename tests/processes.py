@@ -16,7 +16,7 @@ from pathlib import Path
 CONTEXT = get_context("forkserver")  # its children need not import torch anew
 CONTEXT.set_forkserver_preload(["train", "predict", "torch._inductor"])
 TARGETS = {
-    "prepare": ("lib.data.BaseDataset", "BaseDataset.prepare"),
+    "prepare": ("lib.data.loading", "Loader.prepare"),
     "epoch": ("lib.trainer", "train_epoch"),
     "validation": ("lib.trainer", "validate"),
     "checkpoint": ("lib.checkpoint", "save"),

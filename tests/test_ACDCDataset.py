@@ -8,6 +8,7 @@ from niftis import write_patients
 
 from lib.data import DATASETS
 from lib.data.ACDCDataset import ACDCDataset
+from lib.data.loading import Loader
 from lib.system.error import InputError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "acdc"
@@ -39,7 +40,7 @@ def test_two_frames_of_each_patient_that_is_there(tmp_path, subfolder):
         touch(*(tmp_path / subfolder / patient / f"{patient}_{name}" for name in names))
     touch(tmp_path / subfolder / "patient001" / "Info.cfg", tmp_path / "MANDATORY_CITATION.md")
     (tmp_path / subfolder / "patient002" / "patient002_frame12_gt.nii.gz").unlink()
-    data = ACDCDataset(tmp_path)
+    data = Loader(ACDCDataset, tmp_path)
     assert data.ids["test"] == ["patient002_frame01", "patient002_frame12"] and data.n_missing == 98
     assert data.ids["train"] + data.ids["validation"] == ["patient001_frame01", "patient001_frame12"]
     first, second = data.files("test")
@@ -85,7 +86,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
     write_patients(tmp_path, [1])
     (folder / name).unlink()
     (folder / name).symlink_to(tmp_path / "gone")
-    data = ACDCDataset(tmp_path, tmp_path / "cache", split="1:0")
+    data = Loader(ACDCDataset, tmp_path, tmp_path / "cache", split="1:0")
     with pytest.raises(InputError, match=f"{name}: cannot be read"):
         data.prepare()
 
@@ -97,22 +98,22 @@ def test_an_absurd_voxel_size_is_refused_before_there_is_too_little_memory(tmp_p
     image.header.set_xyzt_units("meter")
     nib.save(image, path)
     with pytest.raises(InputError, match=r"frame01\.nii\.gz: its voxels of 1250 x 1250 x 10000 mm would become"):
-        ACDCDataset(tmp_path, tmp_path / "cache", split="1:0").prepare()
+        Loader(ACDCDataset, tmp_path, tmp_path / "cache", split="1:0").prepare()
 
 
 def test_the_challenges_testing_folder_is_never_trained_on(tmp_path):
     for place, patient in (("training", "patient001"), ("testing", "patient101"), ("training", "patient150")):
         touch(*(tmp_path / place / patient / f"{patient}_frame01{end}.nii.gz" for end in ("", "_gt")))
-    data = ACDCDataset(tmp_path)
+    data = Loader(ACDCDataset, tmp_path)
     assert sum(data.ids.values(), []) == ["patient001_frame01"]
     assert [file.id for file in ACDCDataset.find(tmp_path / "testing")] == ["patient101_frame01"]
     with pytest.raises(InputError, match="none of the training cases"):
-        ACDCDataset(tmp_path / "testing").prepare()
+        Loader(ACDCDataset, tmp_path / "testing").prepare()
 
 
 def test_without_the_data_it_tells_how_to_get_them(tmp_path):
     with pytest.raises(InputError) as error:
-        ACDCDataset(tmp_path)
+        Loader(ACDCDataset, tmp_path)
     message = str(error.value)
     for text in (str(tmp_path), "creatis.insa-lyon.fr", "training", "patientNNN", "--data_path", "SAURON_DATA"):
         assert text in message
@@ -128,7 +129,7 @@ def test_a_volume_is_resampled_in_plane_and_zscored(tmp_path):
         ("frame01_gt", rng.integers(0, 4, (40, 30, 5), np.uint8)),
     ):
         nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 9, 1])), folder / f"patient001_{name}.nii.gz")
-    data = ACDCDataset(tmp_path, tmp_path / "cache")
+    data = Loader(ACDCDataset, tmp_path, tmp_path / "cache")
     (subject,) = data.get("train" if data.ids["train"] else "validation")
     assert subject.image.shape == (1, 48, 36, 5) and np.allclose(subject.image.spacing, (1.25, 1.25, 9))
     assert subject.image.orientation == ("L", "P", "S")
@@ -139,7 +140,7 @@ def test_a_volume_is_resampled_in_plane_and_zscored(tmp_path):
 def test_real_patients(tmp_path):
     if not SHARED.is_dir():
         pytest.skip("the shared ACDC patients are not beside this checkout")
-    data = ACDCDataset(SHARED, tmp_path)
+    data = Loader(ACDCDataset, SHARED, tmp_path)
     assert data.n_missing == 40 and sum(map(len, data.ids.values())) == 120
     assert sorted({int(id_[7:10]) for id_ in data.ids["test"]}) == [2, 10, 11, 38, 66, 92]
     volumes = list(data.validation_volumes())

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ import predict
 import train
 from lib.data import DATASETS
 from lib.data.KiTSDataset import KiTSDataset
+from lib.data.loading import Loader
 from lib.data.PhantomDataset import Phantom3DDataset
 from lib.data.preprocessing import Grid, Preprocessing, standardize, to_original_grid
 from lib.models.nnUNet import nnUNet
@@ -27,11 +29,12 @@ IPL = np.array([[0, 0, -2.0, 0], [0, -2.0, 0, 0], [-4.0, 0, 0, 0], [0, 0, 0, 1]]
 SHAPE = (9, 24, 20)
 
 
-class Small(KiTSDataset):
-    """KiTS without the padding to 80 x 160 x 160 voxels."""
-
-    preprocessing = Preprocessing((4.0, 2.0, 2.0), (-79, 304), 101, 76.9, zscore=False, orientation="IPL")
-    patch_size = (8, 16, 16)
+# KiTS without the padding to 80 x 160 x 160 voxels
+Small = replace(
+    KiTSDataset,
+    preprocessing=Preprocessing((4.0, 2.0, 2.0), (-79, 304), 101, 76.9, zscore=False, orientation="IPL"),
+    patch_size=(8, 16, 16),
+)
 
 
 def write_case(folder: Path, case: int, label_name="segmentation", label_affine=IPL, truth=None) -> Path:
@@ -81,7 +84,7 @@ def test_every_layout(tmp_path, subfolder, label_name):
     write_case(tmp_path / subfolder, 588, label_name)  # KiTS23's own
     (tmp_path / subfolder / "case_00001").mkdir()  # a label without its image, as KiTS19's repository comes
     (tmp_path / subfolder / "case_00001" / "segmentation.nii.gz").touch()
-    data = Small(tmp_path)
+    data = Loader(Small, tmp_path)
     assert data.ids == {"train": ["case_00000"], "validation": ["case_00007"], "test": ["case_00210"]}
     assert data.n_missing == 202  # of the 204; the test cases need not be there
     assert [file.label and file.label.name for part in data.ids for file in data.files(part)] == [
@@ -93,7 +96,7 @@ def test_every_layout(tmp_path, subfolder, label_name):
 
 def test_without_the_data_it_tells_how_to_get_them(tmp_path):
     with pytest.raises(InputError) as error:
-        KiTSDataset(tmp_path)
+        Loader(KiTSDataset, tmp_path)
     for text in (str(tmp_path), "github.com/neheller/kits19", "case_NNNNN", "imaging.nii.gz", "--data_path"):
         assert text in str(error.value)
 
@@ -101,12 +104,12 @@ def test_without_the_data_it_tells_how_to_get_them(tmp_path):
 def test_a_training_case_without_ground_truth_is_named(tmp_path):
     write_case(tmp_path, 0, label_name=None)
     with pytest.raises(InputError, match="case_00000.*ground truth"):
-        Small(tmp_path, tmp_path / "cache").prepare()
+        Loader(Small, tmp_path, tmp_path / "cache").prepare()
 
 
 def test_preprocessing_is_the_published_one(tmp_path):
     write_case(tmp_path, 0)
-    data = KiTSDataset(tmp_path, tmp_path / "cache")
+    data = Loader(KiTSDataset, tmp_path, tmp_path / "cache")
     data.prepare()
     image = np.load(data.entry("case_00000") / "image.npy")[0]
     label = np.load(data.entry("case_00000") / "label.npy")
@@ -123,7 +126,7 @@ def test_a_cyst_counts_as_kidney(tmp_path):
     truth = np.zeros(SHAPE, np.uint8)
     truth[2:5, 4:12, 4:12], truth[2:5, 12:16, 4:12], truth[6:8, 4:9, 3:9] = 1, 3, 2
     write_case(tmp_path, 0, truth=truth)
-    (subject,) = Small(tmp_path, tmp_path / "cache").get("train")
+    (subject,) = Loader(Small, tmp_path, tmp_path / "cache").get("train")
     np.testing.assert_array_equal(subject.label.data[0], np.where(truth == 3, 1, truth))
 
 
@@ -136,7 +139,7 @@ def test_the_order_of_the_axes_is_found_from_the_affine(tmp_path, codes):
         turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(wanted))
         (tmp_path / "b" / "case_00000").mkdir(parents=True, exist_ok=True)
         nib.save(image.as_reoriented(turn), tmp_path / "b" / "case_00000" / f"{name}.nii.gz")
-    ((one,), (other,)) = (Small(tmp_path / name, tmp_path / "cache").get("train") for name in "ab")
+    ((one,), (other,)) = (Loader(Small, tmp_path / name, tmp_path / "cache").get("train") for name in "ab")
     assert torch.equal(one.image.data, other.image.data) and torch.equal(one.label.data, other.label.data)
     assert one.image.orientation == other.image.orientation == ("I", "P", "L")
     np.testing.assert_allclose(one.image.affine, other.image.affine, atol=1e-4)
@@ -145,7 +148,7 @@ def test_the_order_of_the_axes_is_found_from_the_affine(tmp_path, codes):
 def test_a_truth_that_lies_elsewhere_is_refused(tmp_path):
     folder = write_case(tmp_path, 0, label_affine=np.eye(4))
     with pytest.raises(InputError, match=r"segmentation\.nii\.gz: lies elsewhere in the world.*RAS and IPL") as error:
-        Small(tmp_path, tmp_path / "cache").prepare()
+        Loader(Small, tmp_path, tmp_path / "cache").prepare()
     assert str(folder / "imaging.nii.gz") in str(error.value)
 
 
@@ -159,7 +162,7 @@ def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path, names):
     for name in names:
         (folder / name).touch()
     with pytest.raises(InputError, match="^case_00000: both ") as error:
-        Small(tmp_path)
+        Loader(Small, tmp_path)
     assert all(str(folder / name) in str(error.value) for name in names)
 
 
@@ -168,7 +171,7 @@ def test_a_case_in_two_folders_is_refused(tmp_path):
         write_case(tmp_path / place, 0)
     write_case(tmp_path / "data", 7)
     with pytest.raises(InputError, match="^case_00000: both .*data/case_00000.* and .*dataset/case_00000"):
-        Small(tmp_path)
+        Loader(Small, tmp_path)
 
 
 ROUND_TRIP = {  # Dice of kidney and tumor that resampling there and back keeps

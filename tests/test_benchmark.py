@@ -4,6 +4,7 @@ import copy
 import json
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def arguments(tmp_path_factory):
     """Of a benchmark on 10 patients (4 test images), of an odd number of epochs."""
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DATASETS["phantom"], "cases", range(1, 11))
+        patch.setitem(DATASETS, "phantom", replace(DATASETS["phantom"], cases=range(1, 11)))
         patch.setattr(benchmark, "TIMED", 1)
         patch.setattr(train, "report_training", lambda *_: None)  # has tests of its own
         small = ["--fms_init", "4", "--levels", "3", "--patch_size", "64", "64", "--num_workers", "0"]
@@ -479,7 +480,7 @@ def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments,
 def test_the_partition_is_one_with_ground_truth():
     def data(**files):
         labels = {part: [SimpleNamespace(label=label) for label in files.get(part, [])] for part in DATA}
-        return SimpleNamespace(name="kits", files=labels.get)
+        return SimpleNamespace(dataset=SimpleNamespace(name="kits"), files=labels.get)
 
     DATA = ("test", "validation")  # noqa: N806
     assert benchmark.choose_partition(data(test=["a"], validation=["b"])) == "test"

@@ -20,6 +20,7 @@ from processes import PATIENCE, Fault, Script, wait_until
 import predict
 import train
 from lib.data import DATASETS
+from lib.data.loading import Loader
 from lib.record import mixed_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,9 +391,9 @@ def test_a_malicious_model_or_history_runs_nothing(tmp_path, whole, marker, writ
 
 def test_a_malicious_cache_runs_nothing_and_is_made_anew(tmp_path, whole, marker):
     data = {"data_path": whole.folder / "data", "cache_path": tmp_path / "cache", "split": "0.5:0.5"}
-    DATASETS["acdc"](**data).prepare()
+    Loader(DATASETS["acdc"], **data).prepare()
     image = next(tmp_path.glob("cache/*/*/image.npy"))
     before = image.read_bytes()
     np.save(image, np.array([Payload(marker)], dtype=object), allow_pickle=True)
-    DATASETS["acdc"](**data).prepare()
+    Loader(DATASETS["acdc"], **data).prepare()
     assert image.read_bytes() == before

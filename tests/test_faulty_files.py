@@ -16,6 +16,7 @@ import predict
 import train
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.KiTSDataset import KiTSDataset
+from lib.data.loading import Loader
 from lib.data.nifti import read_geometry, read_image, read_label
 from lib.models.nnUNet import nnUNet
 from lib.system.error import InputError
@@ -60,7 +61,7 @@ def models(tmp_path_factory):
 
 def volumes(dataset, folder, cache, partition="train", **settings):
     """{id: subject} of a partition."""
-    data = dataset(folder, cache, **SPLIT | settings)
+    data = Loader(dataset, folder, cache, **SPLIT | settings)
     return {subject["id"]: subject for subject in data.get(partition)}
 
 
@@ -85,7 +86,7 @@ def refusal(capsys, script, *argv):
 def test_the_challenges_own_header_is_read_at_the_scale_of_pixdim(make, tmp_path, models, capsys):
     """An sform of unit scale: the voxels for the network, and the prediction, are those of a header that agrees."""
     folder = make("acdc_unit_sform")
-    data = ACDCDataset(folder, tmp_path / "cache", **SPLIT)
+    data = Loader(ACDCDataset, folder, tmp_path / "cache", **SPLIT)
     data.prepare()
     shapes = {id_: np.load(data.entry(id_) / "image.npy", mmap_mode="r").shape[1:] for id_ in data.ids["train"]}
     assert shapes["patient005_frame01"] == (320, 270, 10) and shapes["patient004_frame01"][:2] == (290, 320)
@@ -249,7 +250,7 @@ def test_kits_in_another_order_is_the_same_volume_and_prediction(make, tmp_path,
 
 def test_truths_that_are_stored_from_right_to_left(make, tmp_path):
     folder = make("kits_mirrored_truth")
-    data = KiTSDataset(folder, tmp_path / "cache", **SPLIT)
+    data = Loader(KiTSDataset, folder, tmp_path / "cache", **SPLIT)
     files = {file.id: file for file in data.files("train")}
     straight = nib.load(files["case_00010"].label).as_reoriented([[0, 1], [1, 1], [2, -1]])
     (tmp_path / "pred").mkdir()
@@ -328,7 +329,7 @@ def test_nii_beside_nii_gz(make, tmp_path, capsys):
 
 
 def test_a_truth_of_the_other_suffix(make, tmp_path):
-    files = {file.id: file for file in ACDCDataset(make("acdc_nii_truth"), **SPLIT).files("train")}
+    files = {file.id: file for file in Loader(ACDCDataset, make("acdc_nii_truth"), **SPLIT).files("train")}
     assert files["patient005_frame01"].label.name == "patient005_frame01_gt.nii"
     assert volumes(ACDCDataset, make("acdc_nii_truth"), tmp_path)["patient005_frame01"].label.data.max() == 3
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torchio as tio
 
 import train
 from lib.data import DATASETS
-from lib.data.cache import SubjectFiles
+from lib.data.BaseDataset import SubjectFiles
+from lib.data.loading import Loader
 from lib.experiments.feature_maps import agreement, cut_patch, draw_block, find_subject, main, picture, ranking
 from lib.system.error import InputError
 
@@ -88,7 +90,7 @@ def test_a_run_from_beginning_to_end(folder):
     run = folder / "run"
     assert main(["--run", str(run)]) == 0
     content = json.loads((run / "feature_maps" / "feature_maps.json").read_text())
-    data = DATASETS["phantom"](data_path=folder / "data", cache_path=folder / "cache")
+    data = Loader(DATASETS["phantom"], data_path=folder / "data", cache_path=folder / "cache")
     assert content["subject"] == data.ids["test"][0]
     labels = data.get("test")[0]["label"].data[0]
     assert content["slice"] == int((labels > 0).flatten(0, 1).sum(0).argmax())
@@ -105,11 +107,11 @@ def test_a_run_from_beginning_to_end(folder):
 class Some:
     """Three test, one validation and one training subject; only "a" and "b" lack a ground truth."""
 
-    name = "some"
+    dataset = SimpleNamespace(name="some")
 
     def files(self, partition):
         ids = {"test": "abc", "validation": "d", "train": "e"}[partition]
-        return [SubjectFiles(id_, Path("i"), None if id_ in "ab" else Path("l")) for id_ in ids]
+        return [SubjectFiles(id_, (Path("i"),), None if id_ in "ab" else Path("l")) for id_ in ids]
 
     def get(self, partition):
         return [file.id for file in self.files(partition)]

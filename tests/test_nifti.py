@@ -1,7 +1,6 @@
-"""The one reader and writer: geometry against SimpleITK, integrity, labels, orientation, what is written."""
+"""The one reader and writer: integrity, labels, what is written and named."""
 
 import gzip
-import itertools
 import struct
 import subprocess
 import sys
@@ -12,143 +11,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from nibabel.affines import from_matvec
-from niftis import oblique, oriented
+from niftis import SHAPE, VOXELS, by_itk, headers, write
 
 from lib.data import nifti
 from lib.system.error import InputError
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
-LPS = np.diag([-1.0, -1.0, 1.0])  # ITK's world, in nibabel's
-SHAPE = (5, 4, 3)
-VOXELS = np.arange(60, dtype=np.int16).reshape(SHAPE)
-MM = (1.5625, 1.5625, 10.0)
-
-
-def write(path, array=VOXELS, affine=None, **fields):
-    """A file with these fields in its header, whatever they are."""
-    array = np.asarray(array)
-    image = nib.Nifti1Image(array, np.diag([*MM, 1.0]) if affine is None else affine, dtype=array.dtype)
-    image.header.set_xyzt_units("mm")
-    raw = bytearray(image.to_bytes())
-    header = nib.Nifti1Header(bytes(raw[:348]), check=False)
-    for field, value in fields.items():
-        header[field] = value
-    raw[:348] = header.binaryblock
-    path.write_bytes(gzip.compress(bytes(raw), mtime=0) if path.suffix == ".gz" else bytes(raw))
-    return path
-
-
-# ---- geometry
-
-
-def by_itk(path):
-    """Spacing, directions and origin in RAS as SimpleITK reads them; None if it refuses."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return None
-    directions = LPS @ np.reshape(reader.GetDirection(), (3, 3))
-    return np.array(reader.GetSpacing()), directions, LPS @ reader.GetOrigin()
-
-
-@st.composite
-def headers(draw):
-    """Fields of a header: forms with any code, scales that agree or not, flips, permutations, oblique directions."""
-    numbers = st.floats(-200, 200, width=32)
-
-    def directions():
-        flips = np.array(draw(st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3)))
-        straight = np.eye(3)[list(draw(st.permutations(range(3))))] * flips
-        angles = draw(st.sampled_from([(0, 0, 0), (0.1, -0.2, 0.05)])) or draw(st.tuples(*[st.floats(-3, 3)] * 3))
-        return nib.eulerangles.euler2mat(*angles) @ straight
-
-    sizes = st.tuples(*[st.sampled_from([0.5, 1.0, 1.5625, 3.22, 10.0])] * 3)
-    pixdim, turn, origin = np.array(draw(sizes)), directions(), draw(st.tuples(*[numbers] * 3))
-    qform = from_matvec(turn * pixdim, origin)
-    sform = qform.copy()
-    other = draw(st.sampled_from(["same", "scale", "turn", "origin", "shear", "zero", "unit"]))
-    if other in ("scale", "unit"):
-        sform[:3, :3] = turn * (draw(sizes) if other == "scale" else 1)
-    elif other == "turn":
-        sform[:3, :3] = directions() * pixdim
-    elif other == "origin":
-        sform[:3, 3] = draw(st.tuples(*[numbers] * 3))
-    elif other == "shear":
-        sform[:3, 0] += 0.3 * sform[:3, 1]
-    elif other == "zero":
-        sform[:3, draw(st.integers(0, 2))] = 0
-    header = nib.Nifti1Header()
-    header.set_data_shape(SHAPE)
-    header["pixdim"][1:4] = pixdim
-    header.set_qform(qform, 1)
-    fields = {name: header[name] for name in nifti.GEOMETRY}
-    fields |= dict(zip(("srow_x", "srow_y", "srow_z"), sform[:3], strict=True))
-    fields["qform_code"], fields["sform_code"] = draw(st.integers(0, 3)), draw(st.integers(0, 4))
-    fields["pixdim"][1:4] = pixdim
-    return fields | {"xyzt_units": draw(st.sampled_from([0, 1, 2, 3, 10]))}
-
-
-def differ_by_turns_alone(fields):
-    """Whether two forms have one origin, and axes along the same lines. ITK compares singular vectors then, whose signs
-    are chance, and may take them for the same; that is where we differ: they are not."""
-    image = nib.Nifti1Image(VOXELS, None)
-    for field, value in fields.items():
-        image.header[field] = value
-    forms = image.header.get_qform(), image.header.get_sform()
-    if fields["qform_code"] <= 0 or fields["sform_code"] <= 1 or not np.allclose(*(form[:3, 3] for form in forms)):
-        return False
-    axes = [form[:3, :3] / np.maximum(np.linalg.norm(form[:3, :3], axis=0), 1e-9) for form in forms]
-    return not np.allclose(*axes, atol=1e-3) and np.allclose(np.sort(np.abs(axes[0].T @ axes[1])), [0, 0, 1], atol=1e-3)
-
-
-@settings(deadline=None, max_examples=300)
-@given(headers())
-def test_the_geometry_of_any_header_is_itks(tmp_path_factory, fields):
-    path = tmp_path_factory.getbasetemp() / "header.nii"
-    assume(not differ_by_turns_alone(fields))
-    expected = by_itk(write(path, **fields))
-    if expected is None:
-        with pytest.raises(InputError, match=r"header\.nii: .*right angles"):
-            nifti.read_geometry(path)
-        return
-    found = nifti.read_geometry(path)
-    assert found.shape == SHAPE
-    np.testing.assert_allclose(found.spacing_mm, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(found.directions, expected[1], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found.origin_mm, expected[2], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (-1, 1, 1), (1, np.nan, 1), (1, 1, np.inf)], ids=str)
-def test_a_voxel_size_that_no_volume_has_is_refused(tmp_path, sizes):
-    path = write(tmp_path / "a.nii", pixdim=[1, *sizes, 0, 0, 0, 0])
-    for reader in (nifti.read, nifti.read_geometry):
-        with pytest.raises(InputError, match=r"a\.nii: the voxel size is .*mend the header"):
-            reader(path)
-
-
-@pytest.mark.parametrize(("units", "factor"), [(1, 1000), (2, 1), (3, 0.001), (0, 1)])
-def test_lengths_are_in_millimetres(tmp_path, units, factor):
-    sform = {"srow_x": [-2, 0, 0, 5], "srow_y": [0, -2, 0, 6], "srow_z": [0, 0, 4, 7]}
-    path = write(tmp_path / "a.nii.gz", pixdim=[1, 2, 2, 4, 0, 0, 0, 0], xyzt_units=units, **sform)
-    found = nifti.read_geometry(path)
-    assert found.spacing_mm == (2 * factor, 2 * factor, 4 * factor)
-    np.testing.assert_allclose(found.affine[:3], np.array([[-2, 0, 0, 5], [0, -2, 0, 6], [0, 0, 4, 7]]) * factor)
-
-
-def test_the_log_names_a_disagreement_on_the_voxel_size_once(tmp_path):
-    agree = write(tmp_path / "agree.nii")
-    unit = {"srow_x": [-1, 0, 0, 0], "srow_y": [0, -1, 0, 0], "srow_z": [0, 0, 1, 0]}
-    first, second = (write(tmp_path / name, **unit) for name in ("a.nii.gz", "b.nii.gz"))
-    assert nifti.scale_note([agree]) is None
-    assert nifti.scale_note([first]) == (
-        f"{first}: the voxel size is 1.5625 x 1.5625 x 10 mm by pixdim, 1 x 1 x 1 mm by the sform; pixdim's is taken"
-    )
-    assert nifti.scale_note([agree, first, second]).startswith(f"{first} (and 1 more files): ")
-    assert nifti.scale_note([write(tmp_path / "c.nii", **unit, sform_code=0, qform_code=1)]) is None
 
 
 # ---- integrity
@@ -331,85 +199,16 @@ def test_some_labels_count_as_others(tmp_path):
         nifti.read_label(path, 2, {3: 1})
 
 
-# ---- order and directions of the axes
-
-CODES = ["".join(c) for axes in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*axes)]
-
-
-def volume_of(tmp_path, affine, array=VOXELS, name="a.nii"):
-    path = tmp_path / name
-    nib.save(nib.Nifti1Image(array, affine), path)
-    return nifti.read(path)
-
-
-@pytest.mark.parametrize("codes", CODES)
-def test_every_order_becomes_the_same_volume_and_goes_back(tmp_path, codes):
-    reference = volume_of(tmp_path, oblique())
-    image = nib.load(reference.path)
-    start = nib.io_orientation(image.affine)
-    turned = image.as_reoriented(nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes)))
-    nib.save(turned, tmp_path / "b.nii")
-    stored = nifti.read(tmp_path / "b.nii")
-    for wanted in ("RAS", "LPS", "IPL"):
-        ours, expected = nifti.oriented(stored, wanted), nifti.oriented(reference, wanted)
-        np.testing.assert_array_equal(ours.array, expected.array)
-        assert ours.array.flags.f_contiguous and ours.geometry.spacing_mm == expected.geometry.spacing_mm
-        np.testing.assert_allclose(ours.geometry.affine, expected.geometry.affine, atol=1e-4)
-        assert "".join(nib.aff2axcodes(ours.geometry.affine)) == wanted
-        np.testing.assert_array_equal(nifti.in_stored_order(ours.array, stored.geometry, wanted), stored.array)
-        more = np.stack([ours.array, -ours.array], -1)
-        np.testing.assert_array_equal(nifti.in_stored_order(more, stored.geometry, wanted)[..., 1], -stored.array)
-        assert [stored.array.shape[axis] for axis in nifti.axes_of(stored.geometry, wanted)] == list(ours.array.shape)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.tuples(*[st.floats(-3, 3)] * 3), st.sampled_from(CODES))
-def test_a_voxel_keeps_its_place_in_the_world(angles, codes):
-    turn = nib.eulerangles.euler2mat(*angles)
-    geometry = nifti.Geometry(SHAPE, (1.0, 2.0, 3.0), turn, np.array([5.0, -7.0, 11.0]))
-    volume = nifti.Volume("a.nii", VOXELS, geometry, None, 0, "")
-    turned = nifti.oriented(volume, codes)
-    for value in (0, 17, 59):
-        before, after = (np.argwhere(v.array == value)[0] for v in (volume, turned))
-        places = [nib.affines.apply_affine(v.geometry.affine, k) for v, k in ((volume, before), (turned, after))]
-        np.testing.assert_allclose(*places, atol=1e-9)
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIL", "SRA"])
-def test_a_truth_in_another_order_is_brought_to_its_image(tmp_path, codes):
-    image = volume_of(tmp_path, oriented("IPL"))
-    other = nib.load(image.path)
-    start = nib.io_orientation(other.affine)
-    other = other.as_reoriented(nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes)))
-    nib.save(other, tmp_path / "b.nii")
-    np.testing.assert_array_equal(nifti.aligned(nifti.read(tmp_path / "b.nii"), image).array, VOXELS)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (from_matvec(np.eye(3), [0.0005, 0, 0]), None),
-        (from_matvec(np.eye(3), [0, -0.015, 0]), None),  # just below a hundredth of a voxel
-        (from_matvec(np.eye(3), [0, 0.017, 0]), "elsewhere in the world"),
-        (from_matvec(np.eye(3), [0, 0, 10]), "by up to 10 mm"),
-        (np.diag([1.01, 1, 1, 1]), "elsewhere in the world"),
-        (from_matvec(nib.eulerangles.euler2mat(0.1)), "elsewhere in the world"),
-    ],
-)
-def test_a_truth_that_lies_elsewhere_is_refused(tmp_path, change, message):
-    image, other = volume_of(tmp_path, np.diag([*MM, 1])), volume_of(tmp_path, change @ np.diag([*MM, 1]), name="b.nii")
-    if message is None:
-        assert nifti.aligned(other, image).geometry is image.geometry
-        return
-    with pytest.raises(InputError, match=rf"b\.nii: .*{message}.*mend the header") as error:
-        nifti.aligned(other, image)
-    assert str(image.path) in str(error.value)
-
-
-def test_a_truth_of_another_shape_is_refused(tmp_path):
-    image, other = volume_of(tmp_path, np.eye(4)), volume_of(tmp_path, np.eye(4), VOXELS[:, :, :2], "b.nii")
-    with pytest.raises(InputError, match=r"b\.nii: its shape \(5, 4, 2\) is not \(5, 4, 3\), that of .*a\.nii"):
-        nifti.aligned(other, image)
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
+def test_more_labels_than_a_byte_holds(tmp_path, dtype):
+    path = write(tmp_path / "a.nii.gz", np.resize([0, 255, 256, 300], SHAPE).astype(dtype))
+    for n_classes, merged, kind, expected in [
+        (301, {}, np.int16, [0, 255, 256, 300]),
+        (256, {256: 1, 300: 2}, np.uint8, [0, 255, 1, 2]),
+    ]:
+        labels = nifti.read_label(path, n_classes, merged).array
+        assert labels.dtype == kind == nifti.label_type(n_classes) and labels.flags.f_contiguous
+        np.testing.assert_array_equal(labels, np.resize(expected, SHAPE))
 
 
 # ---- writing
@@ -441,6 +240,21 @@ def test_extensions_and_codes_that_nibabel_does_not_know_are_kept(tmp_path):
     written = nifti.read(tmp_path / "b.nii.gz")
     assert written.header["sform_code"] == 7 and written.header.extensions[0].get_content() == b"from a scanner"
     np.testing.assert_array_equal(written.array, VOXELS)
+
+
+# ---- for the log
+
+
+def test_the_log_names_a_disagreement_on_the_voxel_size_once(tmp_path):
+    agree = write(tmp_path / "agree.nii")
+    unit = {"srow_x": [-1, 0, 0, 0], "srow_y": [0, -1, 0, 0], "srow_z": [0, 0, 1, 0]}
+    first, second = (write(tmp_path / name, **unit) for name in ("a.nii.gz", "b.nii.gz"))
+    assert nifti.scale_note([agree]) is None
+    assert nifti.scale_note([first]) == (
+        f"{first}: the voxel size is 1.5625 x 1.5625 x 10 mm by pixdim, 1 x 1 x 1 mm by the sform; pixdim's is taken"
+    )
+    assert nifti.scale_note([agree, first, second]).startswith(f"{first} (and 1 more files): ")
+    assert nifti.scale_note([write(tmp_path / "c.nii", **unit, sform_code=0, qform_code=1)]) is None
 
 
 # ---- names

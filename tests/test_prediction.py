@@ -27,24 +27,32 @@ KEEP = Preprocessing(spacing_mm=(None, None, None))
 
 
 class Toy:
-    """A data set of three images, with what predict.py needs of one."""
+    """A data set of three images, with what predict.py needs of a BaseDataset."""
 
     name, n_classes, modalities, dim, challenge_name = "toy", 2, 1, "2D", "toy-{case:03d}"
     patch_size, preprocessing = (16, 16), KEEP
     defaults = DATASETS["acdc"].defaults | {"fms_init": 4, "levels": 3}
 
-    def __init__(self, data_path=None, split="0.9:0.1", seed_data=42):
-        self.folder, self.split, self.seed_data = Path(data_path), split, seed_data
+    @staticmethod
+    def check_channels(subject, files):
+        assert len(files) == 1
 
     @staticmethod
     def find(root):
-        flat = [SimpleNamespace(id=path.name.split(".")[0], image=path) for path in sorted(root.glob("case*.nii*"))]
-        nested = [SimpleNamespace(id=path.parent.name, image=path) for path in sorted(root.glob("case*/image.nii"))]
+        flat = [
+            SimpleNamespace(id=path.name.split(".")[0], images=(path,), image=path)
+            for path in sorted(root.glob("case*.nii*"))
+        ]
+        nested = [
+            SimpleNamespace(id=path.parent.name, images=(path,), image=path)
+            for path in sorted(root.glob("case*/image.nii"))
+        ]
         return flat or nested
 
-    def files(self, partition):
-        found = self.find(self.folder)
-        return {"test": found, "train": found[: self.seed_data], "validation": []}[partition]
+    @classmethod
+    def partitions(cls, data_path, split, seed_data):
+        found = cls.find(Path(data_path))
+        return {"test": found, "train": found[:seed_data], "validation": []}
 
 
 @pytest.fixture

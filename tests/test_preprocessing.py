@@ -17,7 +17,7 @@ from lib.data.preprocessing import (
     in_own_frame,
     preprocess,
     preprocessed_shape,
-    read_image,
+    read_channels,
     standardize,
     standardize_label,
     to_original_grid,
@@ -31,6 +31,10 @@ OBLIQUE = np.array([[0.0, -1.4, 0.3, 20], [1.6, 0.0, 0.1, -30], [0.2, 0.1, 8.0, 
 def write(path, array, affine=None):
     nib.save(nib.Nifti1Image(np.asarray(array), np.eye(4) if affine is None else affine), path)
     return path
+
+
+def read_image(path, orientation):
+    return read_channels(path, Preprocessing((None,) * 3, orientation=orientation))[0]
 
 
 def whole(slabs):

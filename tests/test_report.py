@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import train
 from lib.build import build_model
 from lib.data import DATASETS
+from lib.data.loading import Loader
 from lib.experiments import report as module
 from lib.experiments.report import (
     command,
@@ -142,7 +143,7 @@ def test_examples_are_the_best_the_median_and_the_worst_subject(trained):
     for label, (rank, subject) in zip(labels, expected, strict=True):
         assert label.startswith(f"{rank}: Dice {means[subject]:.3f}\n{subject}\nslice ")
 
-    data = DATASETS["phantom"](run.settings.data_path, run.settings.cache_path, patch_size=(32, 32))
+    data = Loader(DATASETS["phantom"], run.settings.data_path, run.settings.cache_path, patch_size=(32, 32))
     volumes = {volume["id"]: volume for volume in data.validation_volumes()}
     model = load_model(trained / "models" / "model-1")
     for i, (_, subject) in enumerate(expected):

@@ -2,6 +2,7 @@ import copy
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 class TinyData:
     """Two batches an epoch, drawn from the epoch's number; one validation volume."""
 
-    n_classes, batch_size = 2, 2
+    dataset, batch_size = SimpleNamespace(n_classes=2), 2
 
     def n_train_batches(self):
         return 2

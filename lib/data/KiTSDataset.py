@@ -1,36 +1,43 @@
-"""KiTS: abdominal CT with kidneys and kidney tumors (Heller et al., arXiv 1904.00445)."""
+"""KiTS: abdominal CT with kidneys and kidney tumors (Heller et al., arXiv 1904.00445): volumes (slices, rows, columns).
+
+The folder holds the case folders, or data/ (KiTS19, KiTS21) or dataset/ (KiTS23) with them.
+"""
 
 import re
 from pathlib import Path
 
-from lib.data.ACDCDataset import ACDCDataset
-from lib.data.BaseDataset import BaseDataset
-from lib.data.cache import SubjectFiles, all_found, subject_files
+from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
 from lib.data.nifti import stem
-from lib.data.preprocessing import Preprocessing
 
 LEFT_OUT = (15, 23, 37, 68, 125, 133)  # cases whose labels the paper did not train on
 LABELS = ("segmentation", "aggregated_MAJ_seg")  # the ground truth's name in KiTS19 and KiTS23, and in KiTS21
 
 
-class KiTSDataset(BaseDataset):
-    """Cases 0-209 without `LEFT_OUT` to train and validate, 210-299 to test: volumes (slices, rows, columns).
+def find_cases(root: Path) -> list[SubjectFiles]:
+    """Every case that has an image."""
+    return all_found(_in_folder(folder) for folder in (root, root / "data", root / "dataset"))
 
-    `data_path` holds the case folders, or data/ (KiTS19, KiTS21) or dataset/ (KiTS23) with them. A cyst (label 3 since
-    KiTS21) counts as kidney. Cases that KiTS23 adds (from 300 on) belong to no partition.
-    """
 
-    name = "kits"
-    aliases = ("kits19",)
-    folder = "kits"
-    layout = "[data/]case_NNNNN/imaging.nii.gz (ground truth: case_NNNNN/segmentation.nii.gz)"
-    how_to_get = (
-        "Clone https://github.com/neheller/kits19, run its starter_code/get_imaging.py, and lay the cases out as "
-        "FOLDER/data/case_00000, FOLDER/data/case_00001, ..."
-    )
-    class_names = ("background", "kidney", "tumor")
-    dim = "3D"
-    preprocessing = Preprocessing(
+def _in_folder(folder: Path) -> list[SubjectFiles]:
+    images = [path for path in sorted(folder.glob("case_*/imaging.nii*")) if stem(path) == "imaging"]
+    return [
+        subject_files(place.name, place, ("imaging",), LABELS)
+        for place in dict.fromkeys(image.parent for image in images)
+        if re.fullmatch(r"case_\d{5}", place.name)
+    ]
+
+
+# As in the paper: cases 0-209 without `LEFT_OUT` train and validate, 210-299 are the test set. A cyst (label 3 since
+# KiTS21) counts as kidney. Cases that KiTS23 adds (from 300 on) belong to no partition.
+KiTSDataset = BaseDataset(
+    name="kits",
+    aliases=("kits19",),
+    class_names=("background", "kidney", "tumor"),
+    find=find_cases,
+    layout="[data/]case_NNNNN/imaging.nii.gz (ground truth: case_NNNNN/segmentation.nii.gz)",
+    how_to_get="Clone https://github.com/neheller/kits19, run its starter_code/get_imaging.py, and lay the cases out "
+    "as FOLDER/data/case_00000, FOLDER/data/case_00001, ...",
+    preprocessing=Preprocessing(
         spacing_mm=(3.22, 1.62, 1.62),
         clip=(-79, 304),
         shift=101,
@@ -38,27 +45,14 @@ class KiTSDataset(BaseDataset):
         min_size=(80, 160, 160),
         zscore=False,
         orientation="IPL",  # slices from top to bottom, rows, columns, as the challenge stores them
-    )
-    patch_size = (80, 160, 160)
-    cases = tuple(case for case in range(210) if case not in LEFT_OUT)
-    test_share = 0.0
-    test_cases = range(210, 300)
-    patches_per_volume = 2
-    merged_labels = {3: 1}
-    regions = {"kidney_and_tumor": (1, 2), "tumor": (2,)}
-    challenge_name = "prediction_{case:05d}"
-    defaults = ACDCDataset.defaults | {"fms_init": 24, "levels": 5, "batch_size": 2}
-
-    @classmethod
-    def find(cls, root: Path) -> list[SubjectFiles]:
-        """Every case that has an image."""
-        return all_found(cls._in_folder(folder) for folder in (root, root / "data", root / "dataset"))
-
-    @staticmethod
-    def _in_folder(folder: Path) -> list[SubjectFiles]:
-        images = [path for path in sorted(folder.glob("case_*/imaging.nii*")) if stem(path) == "imaging"]
-        return [
-            subject_files(place.name, place, ("imaging",), LABELS)
-            for place in dict.fromkeys(image.parent for image in images)
-            if re.fullmatch(r"case_\d{5}", place.name)
-        ]
+    ),
+    patch_size=(80, 160, 160),
+    cases=tuple(case for case in range(210) if case not in LEFT_OUT),
+    test_share=0.0,
+    test_cases=range(210, 300),
+    patches_per_volume=2,
+    merged_labels={3: 1},
+    regions={"kidney_and_tumor": (1, 2), "tumor": (2,)},
+    challenge_name="prediction_{case:05d}",
+    defaults={"fms_init": 24, "levels": 5, "batch_size": 2},
+)

@@ -1,28 +1,22 @@
-"""The built-in synthetic data sets, which write themselves."""
+"""The built-in synthetic data sets, which write themselves where they are not there yet."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from lib.data.ACDCDataset import ACDCDataset
-from lib.data.cache import SubjectFiles
+from lib.data.BaseDataset import Preprocessing
 from lib.data.KiTSDataset import KiTSDataset
 from lib.data.phantom import write_phantom, write_phantom3d
-from lib.data.preprocessing import Preprocessing
 
-
-class PhantomDataset(ACDCDataset):
-    """30 patients in ACDC's layout, drawn by `lib.data.phantom`, with a network and a schedule for two CPU cores.
-
-    They are written to `data_path` (by default data/phantom) if they are not there yet.
-    """
-
-    name = "phantom"
-    aliases = ()
-    folder = "phantom"
-    preprocessing = Preprocessing(spacing_mm=(2.5, 2.5, None), orientation="RAS")  # as it is written
-    patch_size = (64, 64)
-    cases = range(1, 31)
-    defaults = ACDCDataset.defaults | {
+# 30 patients in ACDC's layout, with a network and a schedule for two CPU cores.
+PhantomDataset = replace(
+    ACDCDataset,
+    name="phantom",
+    aliases=(),
+    write=write_phantom,
+    preprocessing=Preprocessing(spacing_mm=(2.5, 2.5, None), orientation="RAS"),  # as it is written
+    patch_size=(64, 64),
+    cases=range(1, 31),
+    defaults={
         "fms_init": 16,
         "levels": 4,
         "epochs": 60,
@@ -35,29 +29,22 @@ class PhantomDataset(ACDCDataset):
         "max_flops": "25%",
         "min_filters": 8,
         "prune_between": ("0%", "80%"),  # without a budget; then train what is left
-    }
+    },
+)
 
-    def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:
-        root = Path(data_path or Path("data") / self.folder)
-        write_phantom(root, n_patients=len(self.cases))
-        return self.find(root)
-
-
-class Phantom3DDataset(KiTSDataset):
-    """15 small abdomens in KiTS's layout, all labelled, with a network that two CPU cores train in minutes.
-
-    They are written to `data_path` (by default data/phantom3d) if they are not there yet.
-    """
-
-    name = "phantom3d"
-    aliases = ()
-    folder = "phantom3d"
-    preprocessing = replace(KiTSDataset.preprocessing, spacing_mm=(5.2, 6.6, 6.6), min_size=(16, 32, 32))
-    patch_size = (16, 32, 32)
-    cases = range(15)
-    test_share = 0.2
-    test_cases = ()
-    defaults = KiTSDataset.defaults | {
+# 15 small abdomens in KiTS's layout, all labelled, with a network that two CPU cores train in minutes.
+Phantom3DDataset = replace(
+    KiTSDataset,
+    name="phantom3d",
+    aliases=(),
+    write=write_phantom3d,
+    preprocessing=replace(KiTSDataset.preprocessing, spacing_mm=(5.2, 6.6, 6.6), min_size=(16, 32, 32)),
+    patch_size=(16, 32, 32),
+    cases=range(15),
+    test_share=0.2,
+    test_cases=(),
+    defaults=KiTSDataset.defaults
+    | {
         "fms_init": 8,
         "levels": 4,
         "epochs": 40,
@@ -69,9 +56,5 @@ class Phantom3DDataset(KiTSDataset):
         "rho": 3,
         "mu": 0.1,
         "prune_between": ("0%", "80%"),
-    }
-
-    def _find(self, data_path: str | Path | None) -> list[SubjectFiles]:
-        root = Path(data_path or Path("data") / self.folder)
-        write_phantom3d(root, n_cases=len(self.cases))
-        return self.find(root)
+    },
+)

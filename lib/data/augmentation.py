@@ -79,10 +79,11 @@ def _bspline_weights(size: int, n: int) -> Tensor:
 
 
 def resample(volume: Tensor, grid: Tensor, inside: Tensor, interpolation: str) -> Tensor:
-    """(C, X, Y, Z) at the points of `grid` (X, Y, Z, 3), "linear" or "nearest", float32; not `inside`: the minimum."""
+    """(C, X, Y, Z) at the points of `grid` (X, Y, Z, 3), "linear" or "nearest", float32; not `inside`: the channel's
+    minimum."""
     mode = {"linear": "bilinear", "nearest": "nearest"}[interpolation]
     result = F.grid_sample(volume[None].float(), grid[None], mode, padding_mode="border", align_corners=False)[0]
-    return result.where(inside, volume.min().float())
+    return result.where(inside, volume.amin((1, 2, 3), keepdim=True).float())
 
 
 def augmentation(dim: str) -> tio.Compose:

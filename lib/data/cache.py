@@ -5,64 +5,39 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchio as tio
 
-from lib.data import nifti
+from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
+from lib.data.geometry import Volume, aligned, in_order
+from lib.data.nifti import label_type, read_geometry, read_label
 from lib.data.preprocessing import (
-    Preprocessing,
     check_size,
     in_own_frame,
     preprocessed_shape,
+    read_channels,
     standardize,
     standardize_label,
 )
 from lib.system.error import InputError
-from lib.system.files import digest, file_digest, locked
+from lib.system.files import digest, file_digest, joint_digest, locked
 
 VERSION = 3  # raise it whenever the same parameters give other voxels or other files
 
 
-@dataclass(frozen=True)
-class SubjectFiles:
-    """One image and, where it has one, its ground truth."""
-
-    id: str
-    image: Path
-    label: Path | None
-
-
-def subject_files(subject: str, folder: Path, images: Iterable[str], labels: Iterable[str]) -> SubjectFiles:
-    """The files of a subject in `folder`, by the names that they may have, .nii.gz or .nii. There is an image.
-
-    Raises InputError if two files claim to be the image, or the ground truth.
-    """
-    image, label = (
-        nifti.only(subject, (folder / f"{name}{suffix}" for name in names for suffix in nifti.SUFFIXES))
-        for names in (images, labels)
-    )
-    return SubjectFiles(subject, image, label)
-
-
-def all_found(layouts: Iterable[list[SubjectFiles]]) -> list[SubjectFiles]:
-    """What is found in all layouts, by id in ascending order. Raises InputError if two of them have one subject."""
-    found: dict[str, SubjectFiles] = {}
-    for file in (file for files in layouts for file in files):
-        nifti.only(file.id, (found.setdefault(file.id, file).image, file.image))
-    return [found[id_] for id_ in sorted(found)]
-
-
 def identify(files: SubjectFiles) -> dict[str, str]:
-    """What the subject's files hold: {"image": SHA-256, "label": SHA-256 where there is one}. Raises InputError."""
-    paths = {"image": files.image, "label": files.label}
+    """What the subject's files hold: {"image": `joint_digest` of its channels, "label": SHA-256 where there is one}.
+
+    Raises InputError.
+    """
     try:
-        return {key: file_digest(path) for key, path in paths.items() if path is not None}
+        sources = {"image": joint_digest([file_digest(path) for path in files.images])}
+        return sources | ({"label": file_digest(files.label)} if files.label else {})
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -96,12 +71,13 @@ def opened(folder: Path) -> Iterator[None]:
         raise InputError(f"--cache_path: {folder} cannot be written ({error.strerror}); give another one") from error
 
 
-def stored_bytes(files: SubjectFiles, preprocessing: Preprocessing) -> int:
+def stored_bytes(files: SubjectFiles, dataset: BaseDataset) -> int:
     """How much `store` will write for a subject, by the image's header. Raises InputError if that is broken."""
-    geometry = nifti.read_geometry(files.image)
-    check_size(files.image, geometry, preprocessing)
-    shape = preprocessed_shape(geometry, preprocessing)
-    return math.prod(shape) * (5 if files.label is not None else 4)
+    geometry = read_geometry(files.image)
+    check_size(files.image, geometry, dataset.preprocessing)
+    shape = preprocessed_shape(geometry, dataset.preprocessing)
+    per_voxel = 4 * len(files.images) + (label_type(dataset.n_classes).itemsize if files.label else 0)
+    return math.prod(shape) * per_voxel
 
 
 def store(
@@ -112,24 +88,23 @@ def store(
     n_classes: int,
     merged_labels: dict[int, int],
 ) -> None:
-    """Preprocess one subject into `folder`: image.npy (1, X, Y, Z) float32, label.npy (X, Y, Z) uint8, and meta.json
-    with id, padding, sources (those of `identify`) and two affines (4x4) of the preprocessed voxels: to the volume's
-    own frame, and to the world (RAS+ mm).
+    """Preprocess one subject into `folder`: image.npy (C, X, Y, Z) float32, label.npy (X, Y, Z) of
+    `lib.data.nifti.label_type`, and meta.json with id, padding, sources (those of `identify`) and two affines (4x4) of
+    the preprocessed voxels: to the volume's own frame, and to the world (RAS+ mm).
 
-    Raises InputError if a file is broken, is not what `sources` says, the label does not lie where the image does, or
-    the folder cannot be written.
+    Raises InputError if a file is broken, is not what `sources` says, the channels or the label do not share one grid,
+    or the folder cannot be written.
     """
-    image, arrays = nifti.read_image(files.image), {}
+    (own, image), arrays = read_channels(files.images, preprocessing), {}
     _check_unchanged(image, sources["image"])
     if files.label is not None:
-        label = nifti.read_label(files.label, n_classes, merged_labels)
+        label = read_label(files.label, n_classes, merged_labels)
         _check_unchanged(label, sources["label"])
-        label = in_own_frame(nifti.aligned(label, image), preprocessing.orientation, tio.LabelMap)
+        label = in_own_frame(aligned(label, image), preprocessing.orientation, tio.LabelMap)
         arrays["label.npy"] = standardize_label(label, preprocessing).numpy()
-    own = in_own_frame(image, preprocessing.orientation, tio.ScalarImage)
     tensor, affine, padding = standardize(own, preprocessing)
     arrays["image.npy"] = tensor.numpy()
-    world = nifti.oriented(image, preprocessing.orientation).geometry.affine @ np.linalg.inv(own.affine) @ affine
+    world = in_order(image.geometry, preprocessing.orientation).affine @ np.linalg.inv(own.affine) @ affine
     meta = {"id": files.id, "padding": padding, "sources": sources}
     meta |= {"affine": affine.tolist(), "world": world.tolist()}
     try:
@@ -140,13 +115,13 @@ def store(
         ) from error
 
 
-def _check_unchanged(volume: nifti.Volume, sha256: str) -> None:
+def _check_unchanged(volume: Volume, sha256: str) -> None:
     if volume.sha256 != sha256:
         raise InputError(f"{volume.path}: changed while it was read; start again when nothing writes to it")
 
 
 def load(folder: Path, affine: str = "affine") -> tio.Subject:
-    """The subject with "image" (1, X, Y, Z) float32, "label" (1, X, Y, Z) uint8 if there is one, and "id", under one of
+    """The subject with "image" (C, X, Y, Z) float32, "label" (1, X, Y, Z) if there is one, and "id", under one of
     the affines of `store`: "affine" or "world".
 
     The voxels are mapped from the files, copy-on-write: what is changed stays in memory. Raises InputError if the

@@ -1,8 +1,7 @@
-"""The one reader and writer of NIfTI files (.nii, .nii.gz): geometry, integrity, labels.
+"""The one reader and writer of NIfTI files (.nii, .nii.gz): integrity, labels.
 
-Training, prediction, evaluation and the experiments read every image and label here, and so by the same rules. Voxel
-sizes, directions and origin are what ITK's reader makes of a header. Neither this module nor what it imports needs
-torch, so that processes that evaluate start fast and stay small.
+Training, prediction, evaluation and the experiments read every image and label here, and so by the same rules. Neither
+this module nor what it imports needs torch, so that processes that evaluate start fast and stay small.
 """
 
 import gzip
@@ -12,58 +11,25 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
-from nibabel.affines import from_matvec
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
+from lib.data.geometry import Geometry, Volume, in_words, of_header, sform_matrix, unit_mm
 from lib.system.error import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 TRUTH, PROBABILITIES = "_gt", "_probabilities"  # ends of the names of files that are neither images nor predictions
-# Two grids are one where no corner of the volume lies further away than this share of the smallest voxel. Programs
-# round the numbers of a header to float32 or to a few digits, which moves corners by a thousandth of a voxel at most;
-# and voxels that overlap by 99% are the same voxels for every metric.
-GRID_TOLERANCE = 0.01
 LABEL_TOLERANCE = 0.001  # a scaled or float value so near to a whole number is this label
 SCALE_TOLERANCE = 0.01  # sform and pixdim may differ by this share on the voxel size without a word
-UNITS_MM = {1: 1000.0, 3: 0.001}  # of xyzt_units: metres, microns; all others count as millimetres
 GEOMETRY = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d")  # fields of a header
 GEOMETRY += ("qoffset_x", "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 EXPANSION = 1100  # no gzip stream becomes more than 1032 times as long
 PIECE = 2**20  # bytes or voxels at once, which stay in the processor's cache
-
-
-class Geometry(NamedTuple):
-    """Where the voxels of a volume are: its shape, and what leads from voxels (i, j, k) to the world (RAS+, mm)."""
-
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    directions: np.ndarray  # (3, 3), orthonormal: the columns are the directions of the three axes
-    origin_mm: np.ndarray  # (3,): the centre of the first voxel
-
-    @property
-    def affine(self) -> np.ndarray:
-        """The affine (4, 4) from voxels to the world."""
-        return from_matvec(self.directions * self.spacing_mm, self.origin_mm)
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A volume and its file. array: (X, Y, Z); header: as stored, nothing mended; n_bytes, sha256: of the file."""
-
-    path: Path
-    array: np.ndarray
-    geometry: Geometry
-    header: nib.Nifti1Header
-    n_bytes: int
-    sha256: str
 
 
 def read(path: str | Path) -> Volume:
@@ -86,7 +52,7 @@ def read(path: str | Path) -> Volume:
         slope, inter = header.get_slope_inter()
         if slope is not None and (slope, inter) != (1, 0):
             array = apply_read_scaling(array, slope, inter)
-        geometry = _geometry(path, header, shape)
+        geometry = of_header(path, header, shape)
         return Volume(path, array, geometry, header, len(content), hashlib.sha256(content).hexdigest())
     except InputError:
         raise
@@ -97,7 +63,7 @@ def read(path: str | Path) -> Volume:
 def read_geometry(path: str | Path) -> Geometry:
     """The geometry of a file, without its voxels. Raises InputError as `read`, for what the header shows."""
     header = _header_of(Path(path))
-    return _geometry(path, header, _spatial_shape(path, header))
+    return of_header(path, header, _spatial_shape(path, header))
 
 
 def read_image(path: str | Path) -> Volume:
@@ -111,9 +77,14 @@ def read_image(path: str | Path) -> Volume:
     return replace(volume, array=array)
 
 
+def label_type(n_classes: int) -> np.dtype:
+    """The type of labels in memory, cache and predictions: uint8, or int16 where there are more than 256 classes."""
+    return np.dtype(np.uint8 if n_classes <= 256 else np.int16)
+
+
 def read_label(path: str | Path, n_classes: int, merged_labels: dict[int, int] | None = None) -> Volume:
-    """`read` as uint8 labels: what lies within 0.001 of a label is this label, and the keys of `merged_labels` become
-    their values.
+    """`read` as labels of `label_type`: what lies within 0.001 of a label is this label, and the keys of
+    `merged_labels` become their values.
 
     Raises InputError as `read`, or for other values than the labels 0 to n_classes - 1 and these keys.
     """
@@ -123,17 +94,17 @@ def read_label(path: str | Path, n_classes: int, merged_labels: dict[int, int] |
         array = _whole_numbers(path, array, allowed, n_classes)
     if array.min() < 0 or array.max() > allowed[-1] or len(allowed) <= allowed[-1]:
         _check_labels(path, array, ~np.isin(array, allowed), n_classes)
-    labels = array.astype(np.uint8, copy=False)
-    if merged_labels and labels.max() >= n_classes:
-        counts_as = np.arange(allowed[-1] + 1, dtype=np.uint8)
+    dtype = label_type(n_classes)
+    if merged_labels and array.max() >= n_classes:
+        counts_as = np.arange(allowed[-1] + 1)
         counts_as[list(merged_labels)] = list(merged_labels.values())
-        labels = counts_as[labels]
-    return replace(volume, array=labels)
+        array = counts_as.astype(dtype)[array]
+    return replace(volume, array=array.astype(dtype, copy=False))
 
 
 def _whole_numbers(path: str | Path, array: np.ndarray, allowed: np.ndarray, n_classes: int) -> np.ndarray:
-    """Labels that are stored as floats, or scaled, as int16."""
-    labels = np.empty(array.shape, np.int16, order="F")
+    """Labels that are stored as floats, or scaled, as integers."""
+    labels = np.empty(array.shape, np.int16 if allowed[-1] < 2**15 else np.int32, order="F")
     values, whole = array.reshape(-1, order="F"), labels.reshape(-1, order="F")
     with np.errstate(invalid="ignore"):  # NaN is not near to anything
         for start in range(0, len(values), PIECE):
@@ -157,77 +128,6 @@ def _check_labels(path: str | Path, array: np.ndarray, bad: np.ndarray, n_classe
         f"{path}: has the label {', '.join(named)}{more}, but the labels of this data set are the whole numbers "
         f"0 to {n_classes - 1}; correct them"
     )
-
-
-# --- order and directions of the axes ---------------------------------------------------------------------------------
-
-
-def aligned(volume: Volume, to: Volume) -> Volume:
-    """The volume with its axes in the order and directions of those of `to`, if both lie at one place in the world.
-
-    Raises InputError, with the names of both files, if they do not.
-    """
-    relative = np.linalg.inv(to.geometry.directions) @ volume.geometry.directions
-    turned = _reoriented(volume, io_orientation(from_matvec(relative)))
-    here, there = turned.geometry, to.geometry
-    if volume.geometry.shape != there.shape and here.shape != there.shape:
-        raise InputError(
-            f"{volume.path}: its shape {volume.geometry.shape} is not {there.shape}, that of {to.path}; replace the "
-            "one that is wrong"
-        )
-    corners = np.stack(np.meshgrid(*[(-0.5, size - 0.5) for size in there.shape])).reshape(3, -1)
-    moved = (here.affine - there.affine)[:3]
-    distance = np.linalg.norm(moved[:, :3] @ corners + moved[:, 3:], axis=0).max()
-    if here.shape != there.shape or distance > GRID_TOLERANCE * min(there.spacing_mm):
-        axes = ["".join(nib.aff2axcodes(one.geometry.affine)) for one in (volume, to)]
-        raise InputError(
-            f"{volume.path}: lies elsewhere in the world than {to.path} (by up to {distance:.3g} mm; voxels of "
-            f"{_in_words(here.spacing_mm)} and {_in_words(there.spacing_mm)} mm, axes {axes[0]} and {axes[1]}); mend "
-            "the header that is wrong"
-        )
-    return replace(turned, geometry=there)
-
-
-def oriented(volume: Volume, codes: str) -> Volume:
-    """The volume with its axes permuted and flipped so that they come nearest to `codes`, such as "RAS", "LPS", "IPL".
-
-    Every voxel stays at its place in the world. The array is in Fortran's order, as files are stored.
-    """
-    return _reoriented(volume, _orientation(volume.geometry, codes))
-
-
-def in_stored_order(array: np.ndarray, geometry: Geometry, codes: str) -> np.ndarray:
-    """An array (X', Y', Z', ...) with the axes of `oriented` back in the order and directions of `geometry`."""
-    start = io_orientation(from_matvec(geometry.directions))
-    return np.asfortranarray(apply_orientation(array, ornt_transform(axcodes2ornt(codes), start)))
-
-
-def axes_of(geometry: Geometry, codes: str) -> list[int]:
-    """Which stored axis each axis of `oriented` is."""
-    return np.argsort(_orientation(geometry, codes)[:, 0]).tolist()
-
-
-def _orientation(geometry: Geometry, codes: str) -> np.ndarray:
-    """nibabel's table (3, 2) that takes the axes of `geometry` to `codes`."""
-    return ornt_transform(io_orientation(from_matvec(geometry.directions)), axcodes2ornt(codes))
-
-
-def _reoriented(volume: Volume, orientation: np.ndarray) -> Volume:
-    """The volume after the permutation and flips of nibabel's table (3, 2)."""
-    shape, spacing_mm, directions, origin_mm = volume.geometry
-    axes, flips = orientation[:, 0].astype(int), orientation[:, 1]
-    if (axes == np.arange(3)).all() and (flips == 1).all():
-        return volume
-    array = apply_orientation(volume.array, orientation).copy(order="F")  # torch takes no strides below 0
-    to_last_voxel = (np.array(shape) - 1) * spacing_mm * (flips < 0)
-    order = np.argsort(axes)
-    geometry = Geometry(
-        array.shape,
-        tuple(spacing_mm[axis] for axis in order),
-        (directions * flips)[:, order],
-        origin_mm + directions @ to_last_voxel,
-    )
-    return replace(volume, array=array, geometry=geometry)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -291,10 +191,10 @@ def scale_note(paths: Iterable[Path]) -> str | None:
     found = []
     for path in paths:
         header = _header_of(Path(path))
-        lengths = np.linalg.norm(_sform_matrix(header)[:, :3], axis=0)
+        lengths = np.linalg.norm(sform_matrix(header)[:, :3], axis=0)
         pixdim = np.array(header["pixdim"][1:4], float)
         if int(header["sform_code"]) > 0 and not np.allclose(lengths, pixdim, rtol=SCALE_TOLERANCE, atol=0):
-            found.append((path, *(_in_words(sizes * _unit_mm(header)) for sizes in (pixdim, lengths))))
+            found.append((path, *(in_words(sizes * unit_mm(header)) for sizes in (pixdim, lengths))))
     if not found:
         return None
     path, by_pixdim, by_sform = found[0]
@@ -305,10 +205,6 @@ def scale_note(paths: Iterable[Path]) -> str | None:
 def voxels_by_nibabel(path: str | Path) -> np.ndarray:
     """What nibabel itself reads, unchecked: to measure against."""
     return np.asarray(nib.load(path).dataobj)
-
-
-def _in_words(spacing_mm: Iterable[float]) -> str:
-    return " x ".join(f"{mm:.6g}" for mm in spacing_mm)
 
 
 # --- the parts of reading ---------------------------------------------------------------------------------------------
@@ -391,57 +287,3 @@ def _check_end(stream: io.BufferedIOBase) -> None:
         raise ValueError("other bytes follow its end") from error
     except EOFError as error:
         raise EOFError("its end is cut off, or other bytes follow it") from error
-
-
-# --- geometry ---------------------------------------------------------------------------------------------------------
-
-
-def _geometry(path: str | Path, header: nib.Nifti1Header, shape: tuple[int, int, int]) -> Geometry:
-    """What ITK's reader makes of a header as it is stored. Raises InputError.
-
-    The voxel size is always pixdim's. Directions and origin are those of the sform, its columns divided by their
-    lengths, if they are orthonormal and there is no qform, or the sform's code is 1, or both are the same; else the
-    qform's. Without either the axes of the array run to the left, to posterior and to superior from the origin.
-    """
-    unit, pixdim = _unit_mm(header), np.array(header["pixdim"][1:4], float)
-    if not all(0 < size < math.inf for size in pixdim):
-        raise InputError(f"{path}: the voxel size is {tuple((pixdim * unit).tolist())} mm; mend the header")
-    sform, qform = _sform(header), _qform(header)
-    if sform and qform and int(header["sform_code"]) != 1:
-        other = np.column_stack([qform[0] * pixdim, qform[1]])
-        sform = sform if np.allclose(_sform_matrix(header), other, rtol=0, atol=1e-4) else None
-    without = (np.diag([-1.0, -1.0, 1.0]), np.zeros(3)) if int(header["sform_code"]) <= 0 else None
-    chosen = sform or qform or without
-    if chosen is None or not all(np.isfinite(part).all() for part in chosen):
-        raise InputError(f"{path}: its affine is not finite, or its axes are not at right angles; mend the header")
-    return Geometry(shape, tuple((pixdim * unit).tolist()), chosen[0], chosen[1] * unit)
-
-
-def _unit_mm(header: nib.Nifti1Header) -> float:
-    """Millimetres of the unit in which a header gives lengths."""
-    return UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-
-
-def _sform_matrix(header: nib.Nifti1Header) -> np.ndarray:
-    return np.array([header[row] for row in ("srow_x", "srow_y", "srow_z")], float)
-
-
-def _sform(header: nib.Nifti1Header) -> tuple[np.ndarray, np.ndarray] | None:
-    """Directions (3, 3) and origin (3,) of the sform; None if it has no code, or its axes are not at right angles."""
-    matrix = _sform_matrix(header)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        directions = matrix[:, :3] / np.linalg.norm(matrix[:, :3], axis=0)
-        orthonormal = np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=1e-4)
-    return (directions, matrix[:, 3]) if orthonormal and int(header["sform_code"]) > 0 else None
-
-
-def _qform(header: nib.Nifti1Header) -> tuple[np.ndarray, np.ndarray] | None:
-    """Directions (3, 3) and origin (3,) of the qform, the NIfTI standard's "method 2"; None if it has no code."""
-    b, c, d = (float(header[f"quatern_{letter}"]) for letter in "bcd")
-    rest = 1 - (b * b + c * c + d * d)
-    a = math.sqrt(rest) if rest >= 1e-7 else 0.0  # less is a half turn, but for rounding
-    directions = nib.quaternions.quat2mat([a, b, c, d])
-    if float(header["pixdim"][0]) < 0:
-        directions[:, 2] *= -1
-    origin = np.array([header[f"qoffset_{letter}"] for letter in "xyz"], float)
-    return (directions, origin) if int(header["qform_code"]) > 0 else None

@@ -17,7 +17,7 @@ _VERSION, _VERSION_3D = 1, 1  # of the images: raise it whenever the same seed g
 _AIR, _LUNG, _MUSCLE, _LIVER, _MYOCARDIUM, _FAT, _BLOOD = 0.02, 0.08, 0.3, 0.4, 0.36, 0.9, 1.0  # brightness
 
 
-def write_phantom(folder: Path, seed: int = 0, n_patients: int = 30) -> None:
+def write_phantom(folder: Path, n_patients: int = 30, seed: int = 0) -> None:
     """Write the phantom to `folder`, or do nothing if just this phantom is there already.
 
     Each patient has two frames, end-diastole (frame01) and end-systole (frame07 to 14):
@@ -35,7 +35,7 @@ def write_phantom(folder: Path, seed: int = 0, n_patients: int = 30) -> None:
     _write_once(Path(folder), {"seed": seed, "n_patients": n_patients, "version": _VERSION}, 4 * n_patients, write)
 
 
-def write_phantom3d(folder: Path, seed: int = 0, n_cases: int = 15) -> None:
+def write_phantom3d(folder: Path, n_cases: int = 15, seed: int = 0) -> None:
     """Write the three-dimensional phantom to `folder`, or do nothing if just this phantom is there already.
 
     `case_NNNNN/imaging.nii.gz` (int16, about Hounsfield units) and `segmentation.nii.gz` (uint8: 0 background,

@@ -1,8 +1,8 @@
 """From a NIfTI file to the volume that the network sees, and from its output back to the file's own grid."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,30 +13,12 @@ import torchio as tio
 from torch import Tensor
 
 from lib.data import nifti
+from lib.data.BaseDataset import Preprocessing
+from lib.data.geometry import Geometry, Volume, aligned, axes_of, oriented
 from lib.system.error import InputError
+from lib.system.files import joint_digest
 
 LARGEST = 1000  # times the voxels of the file: a preprocessed volume
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to every volume of a data set, in this order.
-
-    spacing_mm: the voxel size to resample to, None for an axis that stays as it is.
-    clip: lowest and highest intensity, or None. shift, scale: intensities become (x - shift) / scale; None: they stay.
-    min_size: voxels per axis to which smaller volumes are padded centrally with zeros, or None.
-    zscore: whether the z-score is taken here, before the augmentation (which always ends with one).
-    orientation: where the axes that all this speaks of lead to: "RAS" is right, anterior, superior. The axes of a file
-    are permuted and flipped to come nearest to it; what is predicted goes back onto the file's own grid.
-    """
-
-    spacing_mm: tuple[float | None, float | None, float | None]
-    clip: tuple[float, float] | None = None
-    shift: float = 0.0
-    scale: float | None = None
-    min_size: tuple[int, int, int] | None = None
-    zscore: bool = True
-    orientation: str = "RAS"
 
 
 class Grid(NamedTuple):
@@ -47,7 +29,7 @@ class Grid(NamedTuple):
 
 
 class Preprocessed(NamedTuple):
-    """tensor: (1, X', Y', Z') float32; affine: 4x4, voxel to the own frame (mm), padding included;
+    """tensor: (C, X', Y', Z') float32; affine: 4x4, voxel to the own frame (mm), padding included;
     padding: voxels added before and after each axis (x0, x1, y0, y1, z0, z1)."""
 
     tensor: Tensor
@@ -55,30 +37,44 @@ class Preprocessed(NamedTuple):
     padding: tuple[int, ...]
 
 
-def read_image(path: str | Path, orientation: str) -> tio.ScalarImage:
-    """A NIfTI file as (1, X, Y, Z) float32 in this order and direction of the axes, such as "LPS": see `in_own_frame`.
+def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) -> tuple[tio.ScalarImage, Volume]:
+    """An image, of one file or one for each channel, as (C, X, Y, Z) float32 in its own frame: see `in_own_frame`. Also
+    the first file, without voxels, with the number of bytes of all files and their `joint_digest`.
 
-    Raises InputError as `lib.data.nifti.read_image`.
+    Raises InputError as `lib.data.nifti.read_image`, or if the files do not share one grid, or resampling would make
+    the image absurdly large.
     """
-    return in_own_frame(nifti.read_image(path), orientation, tio.ScalarImage)
+    first, *others = [paths] if isinstance(paths, str | Path) else paths
+    volumes = [first := nifti.read_image(first)]
+    check_size(first.path, first.geometry, preprocessing)
+    volumes += [aligned(nifti.read_image(path), first) for path in others]
+    n_bytes, sums = sum(volume.n_bytes for volume in volumes), [volume.sha256 for volume in volumes]
+    first = replace(first, array=None, n_bytes=n_bytes, sha256=joint_digest(sums))
+    images = [in_own_frame(volumes.pop(0), preprocessing.orientation, tio.ScalarImage) for _ in sums]
+    if len(images) == 1:
+        return images[0], first
+    return tio.ScalarImage(tensor=torch.cat([image.data for image in images]), affine=images[0].affine), first
 
 
-def in_own_frame(volume: nifti.Volume, orientation: str, kind: type[tio.Image]) -> tio.Image:
+def in_own_frame(volume: Volume, orientation: str, kind: type[tio.Image]) -> tio.Image:
     """A volume for torchio, (1, X, Y, Z) with its axes as `orientation` says, in a frame of its own: the first voxel is
     the origin, and the axes of the array are those of the frame.
 
     What is computed there depends on the voxels and their size alone, to the last bit: not on where in the scanner they
     are, nor on the order in which the file stores them.
     """
-    volume = nifti.oriented(volume, orientation)
+    volume = oriented(volume, orientation)
     return kind(tensor=torch.from_numpy(volume.array)[None], affine=np.diag([*volume.geometry.spacing_mm, 1.0]))
 
 
 def zscore(tensor: Tensor) -> Tensor:
-    """(x - mean) / population standard deviation of the whole volume (any shape) as float32; zeros if it is constant.
+    """(x - mean) / population standard deviation, of each channel (C, ...) as a whole, as float32; zeros where it is
+    constant.
 
     The sums are numpy's: in double precision, and the same whatever the number of threads.
     """
+    if len(tensor) > 1:
+        return torch.cat([zscore(channel) for channel in tensor.split(1)])
     array = tensor.numpy()
     mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
     if array.min() == array.max():
@@ -105,9 +101,10 @@ def standardize(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preproc
 
 
 def standardize_label(label: tio.LabelMap, preprocessing: Preprocessing) -> Tensor:
-    """(X', Y', Z') uint8: nearest neighbours on the very grid that `standardize` gives an image of the same grid."""
-    grid = _grid(label, preprocessing.spacing_mm)
-    return _pad(tio.Resample(tuple(grid))(label).data, grid.affine, preprocessing.min_size).tensor[0].byte()
+    """(X', Y', Z'), of the label's type: nearest neighbours on the very grid that `standardize` gives an image of the
+    same grid."""
+    grid, dtype = _grid(label, preprocessing.spacing_mm), label.data.dtype
+    return _pad(tio.Resample(tuple(grid))(label).data, grid.affine, preprocessing.min_size).tensor[0].to(dtype)
 
 
 def to_original_grid(
@@ -167,15 +164,15 @@ def _resampled(size: np.ndarray, old_mm: np.ndarray, spacing_mm: tuple[float | N
     return np.maximum(new_size, 1), new_mm
 
 
-def preprocessed_shape(geometry: nifti.Geometry, preprocessing: Preprocessing) -> tuple[int, ...]:
+def preprocessed_shape(geometry: Geometry, preprocessing: Preprocessing) -> tuple[int, ...]:
     """The shape (X', Y', Z') that `standardize` gives a volume of this geometry."""
-    axes = nifti.axes_of(geometry, preprocessing.orientation)
+    axes = axes_of(geometry, preprocessing.orientation)
     shape, spacing_mm = (np.array(sizes)[axes] for sizes in (geometry.shape, geometry.spacing_mm))
     size, _ = _resampled(shape, spacing_mm, preprocessing.spacing_mm)
     return tuple(np.maximum(size, preprocessing.min_size or 1).tolist())
 
 
-def check_size(path: Path, geometry: nifti.Geometry, preprocessing: Preprocessing) -> None:
+def check_size(path: Path, geometry: Geometry, preprocessing: Preprocessing) -> None:
     """Raise InputError where resampling would make a volume absurdly large, before there is too little memory."""
     new, old = (math.prod(shape) for shape in (preprocessed_shape(geometry, preprocessing), geometry.shape))
     if new > LARGEST * max(old, math.prod(preprocessing.min_size or (1,))):
@@ -187,7 +184,7 @@ def check_size(path: Path, geometry: nifti.Geometry, preprocessing: Preprocessin
 
 
 def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:
-    """Pad (1, X, Y, Z) centrally with zeros to at least `min_size`."""
+    """Pad (C, X, Y, Z) centrally with zeros to at least `min_size`."""
     if min_size is None:
         return Preprocessed(tensor, affine, (0,) * 6)
     missing = [max(0, wanted - size) for wanted, size in zip(min_size, tensor.shape[1:], strict=True)]

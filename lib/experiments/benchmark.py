@@ -35,7 +35,8 @@ import train
 from lib.build import build_dataset
 from lib.checkpoint import newest_epoch, save_model
 from lib.data import DATASETS
-from lib.data.BaseDataset import BaseDataset, case_number
+from lib.data.BaseDataset import case_number
+from lib.data.loading import Loader
 from lib.evaluation import RESERVED
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.inference import default_batch_size, predict_volume
@@ -169,7 +170,7 @@ class Plan:
     settings: Settings  # of the first row
     partitions: tuple[str, ...]  # what is predicted
     tta: bool  # whether predictions average over mirrorings
-    data: BaseDataset
+    data: Loader
     device: torch.device
 
     def row(self, key: str) -> Row:
@@ -261,13 +262,15 @@ def check_pruned_rows(output: Path, rows: tuple[str, ...], seeds: tuple[int, ...
         )
 
 
-def choose_partition(data: BaseDataset) -> str:
+def choose_partition(data: Loader) -> str:
     """ "test"; "validation" where the test set has no ground truth. Raises InputError if neither has any."""
     for partition in ("test", "validation"):
         files = data.files(partition)
         if files and all(file.label for file in files):
             return partition
-    raise InputError(f"--data {data.name}: no test or validation images with ground truth; add some, or change --split")
+    raise InputError(
+        f"--data {data.dataset.name}: no test or validation images with ground truth; add some, or change --split"
+    )
 
 
 def check_settings(plan: Plan) -> None:
@@ -482,12 +485,12 @@ def evaluate_row(plan: Plan, row: str, seed: int) -> dict:
         write_text(made_from, digest + "\n")
     data_path = plan.settings.data_path
     if not results.exists():
-        argv = ["--data", plan.data.name, "--output", str(predictions), "--skip_existing"]
+        argv = ["--data", plan.data.dataset.name, "--output", str(predictions), "--skip_existing"]
         argv += ["--model_state", str(model), "--device", str(plan.device)]
         argv += [*([] if plan.tta else ["--no_tta"]), *(["--original", data_path] if data_path else [])]
         for partition in plan.partitions:
             call(predict, [*argv, "--partition", partition])
-        argv = ["--data", plan.data.name, "--pred", str(predictions), "--output", str(results)]
+        argv = ["--data", plan.data.dataset.name, "--pred", str(predictions), "--output", str(results)]
         argv += ["--num_workers", str(max(1, plan.settings.num_workers))]
         call(evaluate, [*argv, *(["--gt", data_path] if data_path else [])])
     return json.loads(results.read_text())
@@ -680,7 +683,9 @@ def run_plan(plan: Plan) -> None:
     rows = {}
     for row, seeds in found.items():
         of_seeds = [sizes[row, seed] for seed in seeds]
-        rows[row] = make_row(plan.row(row).title, results[row], of_seeds, results[REFERENCE], plan.data.class_names)
+        rows[row] = make_row(
+            plan.row(row).title, results[row], of_seeds, results[REFERENCE], plan.data.dataset.class_names
+        )
         rows[row]["trained_on"] = [trained_on(plan, row, seed) for seed in seeds]
         ours = "@".join(["sauron", *row.split("@")[1:]])
         if ours in rows and row not in (ours, REFERENCE):
@@ -692,7 +697,7 @@ def format_notes(plan: Plan, rows: dict[str, dict], place: str, n_timed: int) ->
     """What stands below the table: how each row was made, and where. `place` is where inference was timed."""
     images = [subject for part in plan.partitions for subject in plan.data.ids[part]]
     about = {
-        "data": plan.data.name,
+        "data": plan.data.dataset.name,
         "subjects": len(images),
         "partition": " and ".join(plan.partitions),
         "patients": len({case_number(subject) for subject in images}),
@@ -730,7 +735,7 @@ def write_table(plan: Plan, rows: dict[str, dict], n_timed: int) -> None:
     """table.md, table.json and dice_flops.png."""
     about = facts(plan.device)
     place = f"{plan.device}, {about['machine']}"
-    about |= {"data": plan.data.name, "partitions": plan.partitions, "seeds": plan.seeds, "inference_on": place}
+    about |= {"data": plan.data.dataset.name, "partitions": plan.partitions, "seeds": plan.seeds, "inference_on": place}
     about["subjects"] = sum(len(plan.data.ids[part]) for part in plan.partitions)
     write_json(plan.output / "table.json", about | {"settings": plan.settings.as_dict(), "rows": list(rows.values())})
     wrapped = {"width": 120, "initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lib.build import build_dataset
 from lib.checkpoint import newest_epoch
 from lib.data import patches
-from lib.data.BaseDataset import BaseDataset
+from lib.data.loading import Loader
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
@@ -49,7 +49,7 @@ def load_sauron(path: Path) -> Sauron:
     return model.eval()
 
 
-def find_subject(data: BaseDataset, wanted: str | None) -> tio.Subject:
+def find_subject(data: Loader, wanted: str | None) -> tio.Subject:
     """The subject of this id, or else the first test subject with a ground truth, or the first validation subject.
 
     Raises InputError if there is none, or it has no ground truth.
@@ -62,13 +62,15 @@ def find_subject(data: BaseDataset, wanted: str | None) -> tio.Subject:
                     raise InputError(f"--subject {wanted}: has no ground truth beside {file.image}; name another one")
                 return data.get(partition)[index]
     if wanted is None:
-        raise InputError(f"--data {data.name}: no test or validation subject has a ground truth; name a --subject")
+        raise InputError(
+            f"--data {data.dataset.name}: no test or validation subject has a ground truth; name a --subject"
+        )
     example = next((file.id for p in partitions for file in data.files(p) if file.label), "none")
-    raise InputError(f"--subject {wanted}: is not in {data.name}; ids are such as {example}")
+    raise InputError(f"--subject {wanted}: is not in {data.dataset.name}; ids are such as {example}")
 
 
 def cut_patch(subject: tio.Subject, patch_size: tuple[int, ...], wanted: int | None) -> tuple[Tensor, Tensor, int, int]:
-    """(image (1, 1, *patch), labels (*patch) int64, slice of the volume, its place in a 3D patch, else 0).
+    """(image (1, C, *patch), labels (*patch) int64, slice of the volume, its place in a 3D patch, else 0).
 
     2D: this slice along the last axis. 3D: slices are along the first axis, and the patch is the one that has it as
     near its middle as possible and holds most of its foreground; of several, the most central one. By default it is
@@ -199,13 +201,13 @@ def feature_maps(args: argparse.Namespace) -> None:
             cache_path=args.cache_path or settings.cache_path,
         )
     )
-    subject = find_subject(data, args.subject)
+    subject, class_names = find_subject(data, args.subject), data.dataset.class_names
     image, labels, k, place = cut_patch(subject, data.patch_size, args.slice)
     found = {name: maps[0] for name, maps in model.forward_saveFMs(image).items()}
     prediction = list(found.values())[-1].argmax(0)
     shown = {"image": image[0, 0], "truth": labels, "prediction": prediction}
     inputs = {key: picture(value, place, len(labels)) for key, value in shown.items()}
-    absent = [name for c, name in enumerate(data.class_names) if not (labels == c).any()]
+    absent = [name for c, name in enumerate(class_names) if not (labels == c).any()]
     title = f"{subject['id']}, slice {k}" + (f"\n(without {', '.join(absent)})" if absent else "")
 
     output = make_output(args.output or args.run / "feature_maps")
@@ -214,24 +216,24 @@ def feature_maps(args: argparse.Namespace) -> None:
         for name, maps in found.items():
             if name.startswith("dec_Sequential"):
                 continue
-            dice = agreement(maps, labels, data.n_classes)
+            dice = agreement(maps, labels, data.dataset.n_classes)
             best[name] = dice.amax(0)
             content[name] = [
                 {
                     "map": c + 1,
-                    "class": data.class_names[label],
-                    "dice": dict(zip(data.class_names, dice[c].tolist(), strict=True)),
+                    "class": class_names[label],
+                    "dice": dict(zip(class_names, dice[c].tolist(), strict=True)),
                 }
                 for c, label in ranking(dice)
             ]
             arrays = [picture(h, place, len(labels)) for h in maps]
-            save_figure(draw_block(name, arrays, dice, inputs, data.class_names, title), output / f"{name}.png")
+            save_figure(draw_block(name, arrays, dice, inputs, class_names, title), output / f"{name}.png")
             check_stopped()
-        save_figure(draw_agreement(best, data.class_names, title), output / "agreement.png")
+        save_figure(draw_agreement(best, class_names, title), output / "agreement.png")
     facts = {"model": str(path), "subject": subject["id"], "slice": k}
     write_json(output / "feature_maps.json", facts | {"blocks": content})
     for name, values in best.items():
-        numbers = ", ".join(f"{c} {v:.2f}" for c, v in zip(data.class_names[1:], values[1:].tolist(), strict=True))
+        numbers = ", ".join(f"{c} {v:.2f}" for c, v in zip(class_names[1:], values[1:].tolist(), strict=True))
         print(f"{name:<22} {len(content[name]):>3} maps, best Dice: {numbers}")
     print(f"written to {output}")
 

@@ -5,7 +5,6 @@ training that was interrupted or is still running.
 """
 
 import base64
-import os
 import re
 import shlex
 import sys
@@ -26,7 +25,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lib.build import build_dataset
-from lib.data.BaseDataset import BaseDataset
+from lib.data.loading import Loader
 from lib.experiments.feature_maps import cut_patch, newest_model, picture
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.experiments.run import Run, mean_foreground, read_run
@@ -205,12 +204,11 @@ def draw_filters(run: Run) -> Figure:
     return figure
 
 
-def find_data(settings: Settings, data_path: str | None, cache_path: str | None) -> BaseDataset:
+def find_data(settings: Settings, data_path: str | None, cache_path: str | None) -> Loader:
     """The data set of a run, with its split. Raises InputError if it is not there any more."""
-    roots = (os.environ.get("SAURON_DATA", "data"), "data")
     data_path = data_path or settings.data_path
-    places = [data_path] if data_path else [os.path.join(root, settings.dataset.folder) for root in roots]
-    if not any(map(os.path.isdir, places)):  # asked here because some data sets would write themselves
+    places = settings.dataset.folders(data_path)
+    if not any(map(Path.is_dir, places)):  # asked here because some data sets would write themselves
         raise InputError(f"the data are not in {places[0]} any more; name their folder with --data_path")
     return build_dataset(replace(settings, data_path=data_path, cache_path=cache_path or settings.cache_path))
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from lib.checkpoint import TrainingState, save_model
 from lib.data import DATASETS
 from lib.data.augmentation import augmentation
-from lib.data.BaseDataset import BaseDataset, _AugmentedPatches, _n_cores
+from lib.data.loading import Loader, _n_cores
 from lib.data.nifti import read, read_geometry, voxels_by_nibabel, write
-from lib.data.preprocessing import preprocess, read_image
+from lib.data.preprocessing import preprocess, read_channels
 from lib.evaluation import Rules, evaluate_pair
 from lib.inference import default_batch_size, predict_volume
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
@@ -209,8 +209,8 @@ def cut_down(model: nnUNet, args: argparse.Namespace) -> nnUNet:
     return small
 
 
-def dataset_of(args: argparse.Namespace, **settings) -> BaseDataset:
-    return DATASETS[args.data](args.data_path, args.cache_path, patch_size=args.patch_size, **settings)
+def dataset_of(args: argparse.Namespace, **settings) -> Loader:
+    return Loader(DATASETS[args.data], args.data_path, args.cache_path, patch_size=args.patch_size, **settings)
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def convolutions_alone(model: nnUNet, images: Tensor) -> Callable[[], None]:
 class Watched:
     """The first batches of an epoch of a data set, and the seconds that were spent waiting for them."""
 
-    def __init__(self, data: BaseDataset, n_batches: int | None):
+    def __init__(self, data: Loader, n_batches: int | None):
         self.data, self.n = data, min(n_batches or sys.maxsize, data.n_train_batches())
         self.waited = self.waited_first = 0.0
 
@@ -332,8 +332,8 @@ def data(args: argparse.Namespace) -> None:
     n, n_patches, difference = min(args.volumes, len(dataset.ids["train"])), 0, 0.0
     seconds = {"torchio's chain": [], "ours": []}
     for repeat in range(args.repeats):  # every repeat draws anew, the same for both sides
-        ours, theirs = (_AugmentedPatches(dataset, repeat) for _ in range(2))
-        theirs.augmentation = torchio_chain(dataset.dim)
+        ours, theirs = (dataset.augmented(repeat) for _ in range(2))
+        theirs.augmentation = torchio_chain(dataset.dataset.dim)
         times = dict.fromkeys(seconds, 0.0)
         for i in range(n):
             images = []
@@ -373,10 +373,8 @@ def predict(args: argparse.Namespace) -> None:
         }
         show_ratio(*sides, interleave(sides, args, warm_up=False))
         paths = sorted(path.resolve() for path in images.iterdir())
-    volumes = [
-        preprocess(read_image(path, dataset.preprocessing.orientation), dataset.preprocessing)[0].numpy()
-        for path in paths
-    ]
+    recipe = dataset.dataset.preprocessing
+    volumes = [preprocess(read_channels(path, recipe)[0], recipe)[0].numpy() for path in paths]
     seconds, labels = {side: [] for side in PREDICTIONS}, {}
     with ExitStack() as stack:  # how memory is allocated belongs to the process
         spawn = multiprocessing.get_context("spawn")
@@ -392,7 +390,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    truth = args.label or DATASETS["phantom"](args.data_path, args.cache_path).files("test")[0].label
+    truth = args.label or Loader(DATASETS["phantom"], args.data_path, args.cache_path).files("test")[0].label
     with tempfile.TemporaryDirectory() as folder:
         prediction, original = Path(folder, "prediction.nii.gz"), read(truth)
         labels = original.array

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -111,6 +111,12 @@ def write_json(path: Path, content: object, **replace: bool) -> None:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def joint_digest(sums: Iterable[str]) -> str:
+    """What tells files from others, of their SHA-256: that of the only one, or that of all sums."""
+    first, *others = sums
+    return digest("".join([first, *others]).encode()) if others else first
 
 
 def file_digest(path: Path) -> str:

@@ -1,0 +1,297 @@
+"""From a data set's files to batches: preprocessing into the cache, then patches, by worker processes and ranks."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lib.data import cache, nifti, patches
+from lib.data.BaseDataset import BaseDataset, SubjectFiles
+from lib.data.volumes import AugmentedPatches, Volumes
+from lib.system import distributed
+from lib.system.error import InputError
+from lib.system.process import check_stopped, worker_pool
+
+QUEUE = 16  # volumes whose patches are mixed with one another
+
+
+class Loader:
+    """Loads a data set from one folder, in one split.
+
+    data_path: the folder of the data; by default one of `BaseDataset.folders`.
+    cache_path: where preprocessed volumes are kept.
+    split: "a:b", the shares of the cases outside the test set to train on and to validate with; seed_data: the
+    split's seed.
+    patch_size, batch_size: those of the data set if None.
+    num_workers: processes that augment; the batches are the same whatever it is. seed_train: of all that is random.
+
+    Raises InputError where no image is found, or an argument is wrong.
+    """
+
+    sources: dict[str, dict[str, str]]  # what the files of the prepared subjects hold: see cache.identify
+    notes: list[str]  # what `prepare` found worth a line in the log
+
+    def __init__(
+        self,
+        dataset: BaseDataset,
+        data_path: str | Path | None = None,
+        cache_path: str | Path = "data/preprocessed",
+        split: str = "0.9:0.1",
+        seed_data: int = 42,
+        patch_size: tuple[int, ...] | None = None,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+        seed_train: int = 42,
+    ):
+        self.dataset = dataset
+        self.patch_size = dataset.patch_size if patch_size is None else tuple(patch_size)
+        self.batch_size = dataset.defaults["batch_size"] if batch_size is None else batch_size
+        self.num_workers, self.seed_train = num_workers, seed_train
+        if len(self.patch_size) != len(dataset.patch_size) or min(self.patch_size) < 1:
+            raise InputError(f"--patch_size {self.patch_size}: {dataset.name} needs {dataset.dim[0]} positive numbers")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
+        self._files = dataset.partitions(data_path, split, seed_data)
+        self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
+        found = {dataset.case_of(id_) for ids in self.ids.values() for id_ in ids}
+        self.n_missing = len(set(dataset.cases or ()) - found)  # test_cases not counted
+        labels = dataset.n_classes, sorted(dataset.merged_labels.items())
+        parameters = json.dumps([cache.VERSION, asdict(dataset.preprocessing), labels])
+        self.cache = Path(cache_path) / f"{dataset.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
+        self.sources, self._prepared = {}, set()
+        self.notes = []
+
+    def files(self, partition: str) -> list[SubjectFiles]:
+        """What is on disk of "train", "validation" or "test"."""
+        return self._files[partition]
+
+    def prepare(self, partitions: Iterable[str] = ("train", "validation")) -> None:
+        """Preprocess what the cache does not hold of these very files, on all cores and with a progress bar.
+
+        Says before how much will be written. Adds to `sources` and `notes`. Raises InputError if a training or
+        validation image has no ground truth, there is nothing to train on, a file is broken, or the disk has too little
+        space.
+        """
+        files = [file for part in partitions for file in self._files[part] if file.id not in self._prepared]
+        supervised = {file.id for part in ("train", "validation") for file in self._files[part]}
+        for file in files:
+            if file.label is None and file.id in supervised:
+                raise InputError(
+                    f"{file.image}: has no ground truth beside it, which training and validation need; add it, or take "
+                    "this image away"
+                )
+        if "train" in partitions and not self._files["train"]:
+            raise InputError(
+                f"--data {self.dataset.name}: none of the training cases is on disk; add some, or change --split"
+            )
+        self._identify(files)
+        note = nifti.scale_note(path for file in files for path in (*file.images, file.label) if path)
+        if not all(self._is_fresh(file) for file in files):
+            with cache.opened(self.cache):
+                if stale := [file for file in files if not self._is_fresh(file)]:
+                    self._fill_cache(stale)
+        self._prepared.update(file.id for file in files)
+        self.notes += [note] if note and not self.notes else []
+
+    def _identify(self, files: list[SubjectFiles]) -> None:
+        """Find out what the files hold. That reads them all, at the speed of the disk or of SHA-256."""
+        with ThreadPoolExecutor(_n_cores()) as pool:
+            found = tqdm(
+                pool.map(cache.identify, files), f"reading {self.dataset.name}", len(files), leave=False, delay=2
+            )
+            for file, sources in zip(files, found, strict=True):
+                check_stopped()
+                self.sources[file.id] = sources
+
+    def content(self, partitions: Iterable[str] = ("train", "validation")) -> dict[str, dict[str, dict[str, str]]]:
+        """{partition: {subject: SHA-256 of its image and label}}, see `cache.identify`; the partitions are prepared."""
+        return {part: {id_: self.sources[id_] for id_ in self.ids[part]} for part in partitions}
+
+    def entry(self, subject: str) -> Path:
+        """The cache's folder of a prepared subject."""
+        return self.cache / cache.entry(subject, self.sources[subject])
+
+    def _is_fresh(self, file: SubjectFiles) -> bool:
+        return cache.is_fresh(self.sources[file.id], self.entry(file.id))
+
+    def _fill_cache(self, stale: list[SubjectFiles]) -> None:
+        needed = sum(cache.stored_bytes(file, self.dataset) for file in stale)
+        free = shutil.disk_usage(self.cache).free
+        what = f"{len(stale)} preprocessed volumes need {_in_words(needed)} in {self.cache}, {_in_words(free)} are free"
+        if needed > free:
+            raise InputError(f"--cache_path: {what}; make room, or give another folder")
+        print(what, flush=True)
+        store = partial(
+            cache.store,
+            preprocessing=self.dataset.preprocessing,
+            n_classes=self.dataset.n_classes,
+            merged_labels=self.dataset.merged_labels,
+        )
+        with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
+            sources, folders = zip(*((self.sources[file.id], self.entry(file.id)) for file in stale), strict=True)
+            done = pool.map(store, stale, sources, folders)
+            for _ in tqdm(done, f"preprocessing {self.dataset.name}", len(stale), unit="volume"):
+                check_stopped()
+
+    def get(self, partition: str) -> Volumes:
+        """The whole volumes of "train", "validation" or "test", preprocessed and z-scored: see `Volumes`."""
+        self.prepare([partition])
+        return Volumes([self.entry(id_) for id_ in self.ids[partition]])
+
+    def n_train_batches(self) -> int:
+        """How many batches `train_batches` yields, the same in every epoch."""
+        self.prepare(["train"])
+        folders = [self.entry(id_) for id_ in self.ids["train"]]
+        n = sum(self.dataset.patches_per_volume or cache.n_slices(folder) for folder in folders)
+        return ceil(n / self.batch_size)
+
+    def augmented(self, epoch: int) -> AugmentedPatches:
+        """The patches of an epoch, by training volume."""
+        folders = [self.entry(id_) for id_ in self.ids["train"]]
+        seeds = [_seed(self.seed_train, epoch, index) for index in range(len(folders))]
+        return AugmentedPatches(folders, self.dataset, self.patch_size, seeds)
+
+    def train_batches(self, epoch: int) -> Iterator[dict]:
+        """{"image": (B, C, *patch_size) float32, "label": (B, *patch_size) int64, "id": [B ids]}, B = batch_size but in
+        the last batch, which may be smaller.
+
+        Each rank gets its part of a batch's images and labels, and all ids. It augments its part of the volumes, whose
+        patches go to all ranks: batches do not depend on the number of ranks.
+
+        Each training volume is augmented whole and gives as many random slices as it has (2D; cropped or padded
+        centrally to the data set's own patch; a smaller patch lies in its centre or, in half of the cases, anywhere) or
+        `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed within every
+        `QUEUE` volumes. All of it follows from (seed_train, epoch).
+        """
+        self.prepare(["train"])
+        generator = torch.Generator().manual_seed(_seed(self.seed_train, epoch))
+        volumes = self.augmented(epoch)
+        order = torch.randperm(len(volumes), generator=generator).tolist()
+        loaded = iter(
+            DataLoader(
+                volumes,
+                batch_size=None,
+                sampler=order[distributed.rank() :: distributed.world_size()],
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_start_loader,
+                generator=torch.Generator(),  # not the global one: whether there are workers must leave no trace
+                prefetch_factor=ceil(QUEUE / self.num_workers) if self.num_workers else None,
+            )
+        )
+        image, label, ids = *self._empty(0), []
+        for start in range(0, len(order), QUEUE):
+            queue = self._queue(loaded, range(start, min(start + QUEUE, len(order))))
+            image = np.concatenate([image, *(volume["image"] for volume in queue)])
+            label = np.concatenate([label, *(volume["label"] for volume in queue)])
+            ids = ids + [volume["id"] for volume in queue for _ in volume["image"]]
+            mixed = torch.randperm(len(ids), generator=generator).tolist()
+            n_full = len(ids) // self.batch_size * self.batch_size
+            for first in range(0, n_full, self.batch_size):
+                yield _batch(image, label, ids, mixed[first : first + self.batch_size])
+            rest = mixed[n_full:]
+            image, label, ids = image[rest], label[rest], [ids[i] for i in rest]
+        if ids:
+            yield _batch(image, label, ids, list(range(len(ids))))
+
+    def _queue(self, loaded: Iterator[dict], positions: range) -> list[dict]:
+        """The volumes at these positions of the epoch's order. The ranks take turns at loading them."""
+        turns = [position % distributed.world_size() for position in positions]
+        with distributed.agreed():
+            own = _next(loaded, turns.count(distributed.rank()))
+        if distributed.world_size() == 1:
+            return own
+        heads = distributed.gather([(volume["id"], len(volume["image"])) for volume in own])
+        queue = []
+        for turn in turns:
+            id_, n = heads[turn].pop(0)
+            if turn == distributed.rank():
+                volume = own.pop(0)
+            else:
+                volume = dict(zip(("image", "label", "id"), (*self._empty(n), id_), strict=True))
+            for key in ("image", "label"):
+                distributed.broadcast(torch.from_numpy(volume[key]).view(torch.uint8), turn)  # which any backend takes
+            queue.append(volume)
+        return queue
+
+    def _empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Room for the images and labels of `n` patches."""
+        image = np.empty((n, self.dataset.modalities, *self.patch_size), np.float32)
+        return image, np.empty((n, *self.patch_size), nifti.label_type(self.dataset.n_classes))
+
+    def validation_volumes(self) -> Iterator[dict]:
+        """{"image": (N, C, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume; the
+        ranks take turns.
+
+        2D: all slices, cropped or padded centrally; 3D: the fewest evenly spread patches that cover the volume.
+        """
+        volumes = self.get("validation")
+        for index in range(distributed.rank(), len(volumes), distributed.world_size()):
+            subject = volumes[index]
+            image, label = (patches.fit(subject[key].data, self.patch_size) for key in ("image", "label"))
+            starts = patches.grid_starts(image.shape[1:], self.patch_size)
+            image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0]))
+            yield {"image": image, "label": label.long(), "id": subject["id"]}
+
+
+def _batch(image: np.ndarray, label: np.ndarray, ids: list[str], chosen: list[int]) -> dict:
+    own = chosen[distributed.share(len(chosen))]
+    images: Tensor = torch.from_numpy(image[own])
+    return {"image": images, "label": torch.from_numpy(label[own]).long(), "id": [ids[i] for i in chosen]}
+
+
+def _unchanged(item: dict) -> dict:
+    return item
+
+
+def _next(loaded: Iterator[dict], n: int) -> list[dict]:
+    """The next `n` volumes (fewer at the end). Raises InputError for what went wrong in a process that loads them."""
+    try:
+        return list(islice(loaded, n))
+    except InputError as error:  # torch hands it on with the traceback of the process in front
+        raise InputError(str(error).splitlines()[-1].removeprefix("lib.system.error.InputError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process that loads data was killed (out of memory?); try fewer --num_workers") from error
+
+
+def _start_loader(_worker: int) -> None:
+    """In a process that loads data, which torch ends: leave the signals to the training."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _use_one_thread()
+
+
+def _use_one_thread() -> None:
+    """In a process of many: torch and SimpleITK (which resamples for torchio) get one thread each."""
+    torch.set_num_threads(1)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _seed(*numbers: int) -> int:
+    """One seed from several numbers, unrelated for neighbouring ones."""
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])
+
+
+def _in_words(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,78 @@
+"""Preprocessed subjects as data sets for torch: whole volumes, and the augmented patches of training volumes."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchio as tio
+from torch.utils.data import Dataset
+
+from lib.data import cache, patches
+from lib.data.augmentation import augmentation
+from lib.data.BaseDataset import BaseDataset
+from lib.data.preprocessing import zscore
+
+
+class Volumes(Dataset):
+    """A list of tio.Subject: "image" (C, X, Y, Z) float32, "label" (1, X, Y, Z) if there is one, and "id"."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders = folders
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> tio.Subject:
+        subject = cache.load(self.folders[index], "world")
+        subject.image.set_data(zscore(subject.image.data))
+        return subject
+
+
+class AugmentedPatches(Dataset):
+    """By training volume: {"image": (n, C, *patch_size) float32, "label": (n, *patch_size) of the cache's type, "id"}.
+
+    These are numpy arrays, which go from process to process through a pipe and need no shared memory. What is random
+    at an index follows from its seed.
+    """
+
+    def __init__(self, folders: list[Path], dataset: BaseDataset, patch_size: tuple[int, ...], seeds: Sequence[int]):
+        self.folders, self.patch_size, self.seeds = folders, patch_size, seeds
+        self.n = dataset.patches_per_volume
+        self.field = tuple(map(max, patch_size, dataset.patch_size))
+        self.augmentation = augmentation(dataset.dim)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> dict:
+        subject = cache.load(self.folders[index])
+        label_type = subject.label.data.dtype
+        for image in subject.get_images(intensity_only=False):
+            image.affine = np.diag([*image.spacing, 1])  # torchio turns about world axes, we about the array's
+        with _seeded(self.seeds[index]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The maximum displacement is larger", RuntimeWarning)
+            subject = self.augmentation(subject)
+            image, label = (
+                patches.field_of_view(subject[key].data, self.field, self.patch_size) for key in ("image", "label")
+            )
+            draw = patches.centred_or_random_starts if len(self.patch_size) == 2 else patches.random_starts
+            starts = draw(image.shape[1:], self.patch_size, self.n or image.shape[-1])
+        image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0].to(label_type)))
+        return {"image": image.numpy(), "label": label.numpy(), "id": subject["id"]}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within it torch's generator (all of torchio's chance) starts from `seed`; one thread, since the last bit of
+    some results depends on how a tensor is divided among threads."""
+    n_threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n_threads)

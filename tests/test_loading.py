@@ -1,0 +1,167 @@
+"""From a prepared data set to volumes and batches."""
+
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torchio as tio
+from tiny import Tiny2D, Tiny3D, write_case
+
+from lib.data import loading, patches, volumes
+from lib.data.loading import Loader
+from lib.system.error import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    for case in range(10):
+        write_case(root, case, shape=(9 + case % 3, 14, 11 + case % 2))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """No augmentation: patches can be found again in their volume."""
+    monkeypatch.setattr(volumes, "augmentation", lambda dim: tio.Compose([]))
+
+
+@pytest.mark.parametrize("patch_size", [(16, 16), (8, 16, 0)])
+def test_a_wrong_patch_size(patch_size, folder):
+    with pytest.raises(InputError, match="--patch_size"):
+        Loader(Tiny3D, folder, patch_size=patch_size)
+
+
+# ---- volumes
+
+
+def test_only_test_cases_on_disk(tmp_path):
+    case = Tiny3D.split_cases("0.9:0.1", 42)["test"][0]
+    write_case(tmp_path / "data", case, label=False)
+    dataset = Loader(Tiny3D, tmp_path / "data", tmp_path / "cache")
+    assert [set(dict(subject)) for subject in dataset.get("test")] == [{"image", "id"}]
+    with pytest.raises(InputError, match="none of the training cases"):
+        dataset.n_train_batches()
+
+
+def test_whole_volumes_come_preprocessed_and_zscored(folder, cache_path):
+    for dataset in (Loader(Tiny3D, folder, cache_path), Loader(Tiny2D, folder, cache_path)):
+        volumes = dataset.get("validation")
+        assert [subject["id"] for subject in volumes] == dataset.ids["validation"] and len(volumes) == 1
+        for subject in volumes:
+            image, label = subject.image.data, subject.label.data
+            assert image.dtype == torch.float32 and label.dtype == torch.uint8 and image.shape == label.shape
+            assert abs(float(image.mean())) < 1e-6 and float(image.std(correction=0)) == pytest.approx(1, abs=1e-5)
+            assert np.array_equal(subject.image.affine, subject.label.affine)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize(("dataset", "per_volume"), [(Tiny2D, [11, 12]), (Tiny3D, [2, 2])])
+def test_an_epoch(dataset, per_volume, folder, cache_path):
+    data = Loader(dataset, folder, cache_path)
+    batches = list(data.train_batches(0))
+    sizes = [len(batch["id"]) for batch in batches]
+    assert len(batches) == data.n_train_batches()
+    assert all(size == 3 for size in sizes[:-1]) and 1 <= sizes[-1] <= 3
+    ids = sum((batch["id"] for batch in batches), [])
+    assert {id_: ids.count(id_) for id_ in ids} == {id_: per_volume[int(id_[-2:]) % 2] for id_ in data.ids["train"]}
+    for batch, size in zip(batches, sizes, strict=True):
+        assert batch["image"].shape == (size, 1, *data.patch_size) and batch["image"].dtype == torch.float32
+        assert batch["label"].shape == (size, *data.patch_size) and batch["label"].dtype == torch.int64
+    assert set(torch.cat([batch["label"] for batch in batches]).unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_batches_follow_from_seed_and_epoch_alone(dataset, folder, cache_path, monkeypatch):
+    monkeypatch.setattr(loading, "QUEUE", 3)  # so that several queues pass
+
+    def epoch(number=0, **settings):
+        state = torch.get_rng_state()
+        batches = list(Loader(dataset, folder, cache_path, **settings).train_batches(number))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(1)  # the next one starts from another state of the global generator
+        return batches
+
+    def same(a, b):
+        return [batch["id"] for batch in a] == [batch["id"] for batch in b] and all(
+            torch.equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("image", "label")
+        )
+
+    batches = epoch()
+    assert same(batches, epoch(num_workers=2)) and same(batches, epoch(num_workers=1))
+    assert not same(batches, epoch(1)) and not same(batches, epoch(seed_train=43))
+
+
+def test_training_slices_are_slices_of_the_volume(folder, cache_path, unchanged):
+    """Without augmentation each one is, image and label alike, one of its volume's, centrally cropped and padded."""
+    data = Loader(Tiny2D, folder, cache_path)
+    slices = {
+        subject["id"]: [
+            (patches.fit(subject.image.data, (16, 12))[0, ..., z], patches.fit(subject.label.data, (16, 12))[0, ..., z])
+            for z in range(subject.image.shape[-1])
+        ]
+        for subject in data.get("train")
+    }
+    drawn = set()
+    for batch in data.train_batches(0):
+        for image, label, id_ in zip(batch["image"], batch["label"], batch["id"], strict=True):
+            match = [z for z, pair in enumerate(slices[id_]) if torch.allclose(image[0], pair[0], atol=1e-5)]
+            assert len(match) == 1 and torch.equal(label, slices[id_][match[0]][1].long())
+            drawn.add((id_, match[0]))
+    assert len(drawn) > 40  # of 80 or so: with replacement
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_an_image_that_is_its_own_label_stays_so_on_the_way_into_a_batch(dataset, tmp_path):
+    """Resampled, augmented, cut: but for the borders, where one is interpolated and the other takes the nearest, each
+    voxel of the image still tells its label; moved by two voxels, more of them do not."""
+    dataset = replace(dataset, patch_size=(32, 28) if dataset is Tiny2D else (16, 32, 28))
+    truth = np.zeros((24, 36, 30), np.uint8)
+    truth[5:15, 6:22, 8:25] = 1
+    for case in range(10):
+        folder = tmp_path / f"case_{case:02d}"
+        folder.mkdir()
+        affine = np.diag([2.4, 1.7, 1.7, 1.0])
+        nib.save(nib.Nifti1Image(200 * truth.astype("f4"), affine), folder / "image.nii.gz")
+        nib.save(nib.Nifti1Image(truth, affine), folder / "label.nii.gz")
+    data = Loader(dataset, tmp_path, tmp_path / "cache", batch_size=8)
+    images, labels = [], []
+    for batch in [*data.train_batches(0), *data.train_batches(1), *data.validation_volumes()]:
+        images += batch["image"][:, 0].unbind()
+        labels += batch["label"].unbind()
+    image, label = torch.stack(images), torch.stack(labels)
+    middle = (image[label == 0].median() + image[label == 1].median()) / 2
+    agreement = ((image > middle) == (label == 1)).float().mean()
+    assert 0.05 < (label == 1).float().mean() < 0.9 and agreement > 0.95
+    for axis in range(1, label.ndim):
+        for shift in (-2, 2):
+            assert ((image > middle) == (label.roll(shift, axis) == 1)).float().mean() < agreement - 0.02
+
+
+def test_validation_is_every_slice_or_a_grid_that_covers(folder, cache_path):
+    data = Loader(Tiny2D, folder, cache_path, "0.5:0.5")
+    volumes = list(data.validation_volumes())
+    assert [volume["id"] for volume in volumes] == data.ids["validation"]
+    for volume, subject in zip(volumes, data.get("validation"), strict=True):
+        n = subject.image.shape[-1]
+        assert volume["image"].shape == (n, 1, 16, 12) and volume["label"].shape == (n, 16, 12)
+        assert volume["image"].dtype == torch.float32 and volume["label"].dtype == torch.int64
+        expected = patches.fit(subject.label.data, (16, 12))[0].permute(2, 0, 1)
+        assert torch.equal(volume["label"], expected.long())
+    data = Loader(Tiny3D, folder, cache_path, "0.5:0.5", patch_size=(4, 8, 16))
+    for volume, subject in zip(data.validation_volumes(), data.get("validation"), strict=True):
+        x, y, z = subject.image.shape[1:]
+        assert volume["image"].shape == (-(-x // 4) * -(-y // 8) * -(-z // 16), 1, 4, 8, 16)
+        assert torch.equal(volume["image"][0, 0], subject.image.data[0, :4, :8, :16])
+        assert torch.equal(volume["label"][-1], subject.label.data[0, -4:, -8:, -16:].long())
