@@ -16,7 +16,7 @@ import lib.callback
 import predict
 import train
 from lib.data import DATASETS
-from lib.data.KiTSDataset import KiTSDataset
+from lib.data.KiTSDataset import KiTS23Dataset, KiTSDataset
 from lib.data.loading import Loader
 from lib.data.PhantomDataset import Phantom3DDataset
 from lib.data.preprocessing import Grid, Preprocessing, standardize, to_original_grid
@@ -265,6 +265,50 @@ def test_evaluation_pairs_the_challenges_names_and_adds_its_two_figures(tmp_path
     assert tumor == {metric: values[2] for metric, values in found.items() if metric != "challenge"}
     assert results["average"]["challenge"] == found["challenge"]
     assert results["n"]["challenge"]["tumor"] == dict.fromkeys(tumor, 1)
+
+
+# ---- KiTS23
+
+
+def test_kits23_is_the_public_training_set_with_a_fifth_to_test():
+    assert DATASETS["kits23"] is KiTS23Dataset and KiTS23Dataset.preprocessing == KiTSDataset.preprocessing
+    parts = KiTS23Dataset.split_cases("0.9:0.1", 42)
+    assert sorted(sum(parts.values(), [])) == [*range(300), *range(400, 589)]
+    assert [len(parts[part]) for part in ("train", "validation", "test")] == [351, 40, 98]
+    with pytest.raises(InputError, match="found no .dataset/.case_NNNNN.*github.com/neheller/kits23"):
+        Loader(KiTS23Dataset, "nowhere")
+
+
+def test_kits23_from_training_to_the_challenges_regions(tmp_path, monkeypatch, capsys):
+    small = replace(KiTS23Dataset, preprocessing=Small.preprocessing, patch_size=Small.patch_size)
+    monkeypatch.setitem(DATASETS, "kits23", small)
+    truth = np.zeros(SHAPE, np.uint8)
+    truth[2:7, 5:15, 4:12], truth[3:5, 6:9, 5:8], truth[3:5, 10:14, 5:8] = 1, 2, 3
+    split = small.split_cases("0.5:0.5", 42)
+    case, *_ = split["test"]
+    for number in (*split["train"][:2], split["validation"][0], case):
+        write_case(tmp_path / "kits23" / "dataset", number, truth=truth)
+    write_case(tmp_path / "kits23" / "dataset", 350, label_name=None)  # there is no such case
+    monkeypatch.setenv("SAURON_DATA", str(tmp_path))
+    data = ["--data", "kits23", "--device", "cpu"]
+    options = [*data, "--split", "0.5:0.5", "--cache_path", tmp_path / "cache", "--output", tmp_path / "runs"]
+    options += ["--epochs", 1, "--fms_init", 4, "--levels", 3, "--num_workers", 0]
+    assert train.main([*map(str, options)]) == 0
+    run = tmp_path / "runs" / "unnamed" / "kits23" / "1"
+    argv = [*data, "--model_state", run / "models" / "model-1", "--output", tmp_path / "out"]
+    assert predict.main([*map(str, argv)]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == [f"case_{case:05d}.nii.gz"]
+    nib.save(nib.Nifti1Image(np.where(truth == 3, 2, truth), IPL), tmp_path / "out" / f"case_{case:05d}.nii.gz")
+    capsys.readouterr()
+    argv = ["--data", "kits23", "--pred", tmp_path / "out", "--output", tmp_path / "r.json", "--num_workers", 1]
+    assert evaluate.main([*map(str, argv)]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())[f"case_{case:05d}"]
+    assert set(found["challenge"]) == {"kidney_and_masses", "masses", "tumor"} and found["dice"][3] == 0
+    tumor, cyst = 2 * 3 * 3, 2 * 4 * 3  # voxels
+    dice = {region: values["dice"] for region, values in found["challenge"].items()}
+    assert dice == pytest.approx({"kidney_and_masses": 1, "masses": 1, "tumor": 2 * tumor / (tumor + tumor + cyst)})
+    table = capsys.readouterr().out
+    assert all(text in table for text in ("cyst", "challenge", "kidney and masses"))
 
 
 # ---- end to end

@@ -170,7 +170,7 @@ def test_help_states_every_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: None)" not in text
     rate = "first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9, and once more after a budget is met"
-    assert f"{rate} (default: 0.001 (acdc, kits)," in text
+    assert f"{rate} (default: 0.001 (acdc, kits, kits23)," in text
     assert "weight decay (default: 1e-05)" in text
     for name in ("acdc", "phantom"):
         assert str(DATASETS[name].defaults["epochs"]) + f" ({name}" in text

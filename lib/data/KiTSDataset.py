@@ -4,6 +4,7 @@ The folder holds the case folders, or data/ (KiTS19, KiTS21) or dataset/ (KiTS23
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
@@ -55,4 +56,22 @@ KiTSDataset = BaseDataset(
     regions={"kidney_and_tumor": (1, 2), "tumor": (2,)},
     challenge_name="prediction_{case:05d}",
     defaults={"fms_init": 24, "levels": 5, "batch_size": 2},
+)
+
+# The public training set of KiTS23: 489 cases, cysts a class of their own. The challenge's test set is not public, so a
+# fifth of the cases is set apart to test.
+KiTS23Dataset = replace(
+    KiTSDataset,
+    name="kits23",
+    aliases=(),
+    class_names=("background", "kidney", "tumor", "cyst"),
+    layout="[dataset/]case_NNNNN/imaging.nii.gz (ground truth: case_NNNNN/segmentation.nii.gz)",
+    how_to_get="Clone https://github.com/neheller/kits23 as FOLDER and run its kits23_download_data, which lays the "
+    "cases out as FOLDER/dataset/case_00000, FOLDER/dataset/case_00001, ...",
+    cases=(*range(300), *range(400, 589)),
+    test_share=0.2,
+    test_cases=(),
+    merged_labels={},
+    regions={"kidney_and_masses": (1, 2, 3), "masses": (2, 3), "tumor": (2,)},
+    challenge_name=None,
 )

@@ -2,11 +2,11 @@
 
 from lib.data.ACDCDataset import ACDCDataset
 from lib.data.BaseDataset import BaseDataset
-from lib.data.KiTSDataset import KiTSDataset
+from lib.data.KiTSDataset import KiTS23Dataset, KiTSDataset
 from lib.data.PhantomDataset import Phantom3DDataset, PhantomDataset
 
 DATASETS: dict[str, BaseDataset] = {
     name: dataset
-    for dataset in (ACDCDataset, KiTSDataset, PhantomDataset, Phantom3DDataset)
+    for dataset in (ACDCDataset, KiTSDataset, KiTS23Dataset, PhantomDataset, Phantom3DDataset)
     for name in (dataset.name, *dataset.aliases)
 }
