@@ -60,6 +60,11 @@ def test_targets_are_not_transposed_and_keep_every_second_voxel():
     assert resize_labels(labels, torch.Size([2, 3])).tolist() == [[[0, 2, 4], [12, 14, 16]]]
 
 
+def test_targets_follow_the_size_of_the_output_on_each_axis():
+    labels = torch.arange(24).reshape(1, 4, 6)
+    assert resize_labels(labels, torch.Size([4, 2])).tolist() == [[[0, 3], [6, 9], [12, 15], [18, 21]]]
+
+
 def test_odd_sizes_follow_the_head():
     assert resize_labels(torch.arange(5).reshape(1, 1, 5).expand(1, 5, 5), torch.Size([3, 3])).shape == (1, 3, 3)
 

@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib.loss import DS_CrossEntropyDiceLoss
 from lib.models import Sauron, load_model
-from lib.models.size import count_filters
+from lib.models.size import count_filters, summary
 from lib.pruning.surgery import prune
 
 OPTIMIZERS = {
@@ -87,6 +88,33 @@ def test_pruning_equals_zeroed_maps_now_and_after_the_next_steps(dim, optimizer)
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         for hook in hooks:
             hook.remove()
+
+
+def test_surgery_with_a_stride_and_a_kernel_per_axis(tmp_path):
+    torch.manual_seed(0)
+    strides, kernels = [(1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2)], [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 5)]
+    model = Sauron(1, 3, 4, 4, dim="3D", strides=strides, kernels=kernels).double()
+    model.initialize()
+    optim = OPTIMIZERS["adam"](model.parameters())
+    x, y = torch.randn(1, 1, 4, 16, 16, dtype=torch.float64), torch.randint(0, 3, (1, 4, 16, 16))
+    step(model, optim, x, y)
+    reference = copy.deepcopy(model)
+    ref_optim = OPTIMIZERS["adam"](reference.parameters())
+    ref_optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+    keep = random_keep(model, 0)
+    zero_deleted(reference, keep)
+    prune(model, optim, keep)
+    for _ in range(2):
+        for a, b in zip(model(x), reference(x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(step(model, optim, x, y), step(reference, ref_optim, x, y), rtol=1e-9, atol=1e-12)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert summary(model, (4, 16, 16))["flops"] == counter.get_total_flops()
+    torch.save(model.state_dict(), tmp_path / "model-1")
+    loaded = load_model(tmp_path / "model-1")
+    assert count_filters(loaded) == count_filters(model)
+    torch.testing.assert_close(loaded(x.float())[0], model.float()(x.float())[0])
 
 
 @pytest.mark.parametrize("dim", ["2D", "3D"])

@@ -1,17 +1,21 @@
-"""What every model can do: start its weights, or load them."""
+"""What every model can do: run its table of blocks, start its weights, or load them."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib.system.error import InputError
 from lib.system.files import read_checked
 
+IMAGE = "image"  # the parent of the first block
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a saved model (a plain `state_dict`) onto the CPU, without running any code that it may hold.
 
     Raises InputError if it cannot be read, is no model, holds NaN or infinite weights, or the checksum beside it (if
@@ -25,7 +29,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch.load raises nearly anything on a file that is no model
         reason = "no such file" if not Path(path).exists() else type(error).__name__
         raise InputError(f"{path}: cannot be read as a saved model ({reason}); give a file models/model-E") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: is no saved model (a state_dict of tensors); give a file models/model-E")
     for key, value in state.items():
         ordinary = value.is_floating_point() and value.layout == torch.strided and value.device.type == "cpu"
@@ -34,7 +38,69 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@dataclass(frozen=True)
+class Block:
+    """One row of the table that is the network: a module with one convolution, its name in filter files, and the blocks
+    whose maps it eats, in order."""
+
+    name: str
+    module: nn.Module
+    parents: tuple[str, ...]
+    head: bool = False
+
+    @property
+    def conv(self) -> nn.Module:
+        return next(module for module in self.module.modules() if isinstance(module, CONVOLUTIONS))
+
+    @property
+    def transposed(self) -> bool:
+        return self.conv.transposed
+
+    @property
+    def in_filters(self) -> int:
+        return self.conv.in_channels
+
+    @property
+    def out_filters(self) -> int:
+        return self.conv.out_channels
+
+
 class BaseModel(nn.Module):
+    """A network that is a table of blocks: what is added to it runs, is pruned, is counted, and has a name in files."""
+
+    def __init__(self):
+        super().__init__()
+        self.table: list[Block] = []
+
+    def add(self, part: nn.ModuleList, block: Block) -> None:
+        """Append a block to the table, and its module to the part whose name its parameters' keys begin with."""
+        part.append(block.module)
+        self.table.append(block)
+
+    def blocks(self) -> list[Block]:
+        """Every convolution in the order of the forward pass, heads included."""
+        return self.table
+
+    def run(self, x: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """The forward pass, block by block: yields (block, output). No map outlives the last block that eats it."""
+        maps, last = {IMAGE: x}, {parent: block.name for block in self.table for parent in block.parents}
+        for block in self.table:
+            inputs = [maps.pop(p) if last[p] == block.name else maps[p] for p in block.parents]
+            x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+            del inputs
+            x = block.module(x)
+            if block.name in last:
+                maps[block.name] = x
+            yield block, x
+
+    def feature_maps(self, x: Tensor | list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The forward pass, block by block: yields (name, output); heads give their softmax maps."""
+        return ((block.name, output) for block, output in self.run(x))
+
+    def forward_saveFMs(self, x: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """All feature maps of a batch, (B, C, *spatial) by the block's name; the heads' are their softmax maps."""
+        return dict(self.feature_maps(x))
+
     def initialize(
         self,
         device: str | torch.device = "cpu",
@@ -51,7 +117,7 @@ class BaseModel(nn.Module):
             self.load(read_state(model_state), model_state)
         else:
             for module in self.modules():
-                if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+                if isinstance(module, CONVOLUTIONS):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     nn.init.zeros_(module.bias)
         self.to(device)
@@ -59,7 +125,7 @@ class BaseModel(nn.Module):
             origin = f"weights of {model_state}" if model_state else "new weights"
             log(f"{type(self).__name__}: {sum(p.numel() for p in self.parameters()):,} parameters, {origin}")
 
-    def load(self, state: dict[str, torch.Tensor], source: str | Path) -> None:
+    def load(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Load a `state_dict`; `source` names it in the InputError that says which tensor does not fit."""
         own = self.state_dict()
         for key in [*own, *state]:

@@ -31,12 +31,12 @@ class Sauron(nnUNet):
         if not (delta_opt or delta_prune):
             return super().forward(x)
         measured = Measured([], {}, {})
-        for name, h in self.feature_maps(x):
-            if name.startswith("dec_Sequential"):
+        for block, h in self.run(x):
+            if block.head:
                 measured.outputs.insert(0, h)
                 continue
             if delta_opt:
-                measured.delta_opt[name] = self.dist_fun(h, self.sf)
+                measured.delta_opt[block.name] = self.dist_fun(h, self.sf)
             if delta_prune:
-                measured.delta_prune[name] = self.imp_fun(h, self.sf)
+                measured.delta_prune[block.name] = self.imp_fun(h, self.sf)
         return measured

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lib.models.BaseModel import read_state
-from lib.models.filters import read_filters
+from lib.models.filters import check_filters, read_filters
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Sauron
 from lib.models.size import count_filters
@@ -16,28 +16,36 @@ MODELS = {"sauron": Sauron, "nnunet": nnUNet}
 
 
 def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
-    """The arguments of nnUNet, read off the shapes of a `state_dict`. Raises InputError naming `source`."""
+    """The arguments of nnUNet, read off the shapes of a `state_dict`: a transposed convolution's kernel is its stride.
+
+    Raises InputError naming `source`.
+    """
     try:
-        first, last = state["encoder.0.seq.0.weight"], state["last.0.0.weight"]
+        first, n_classes = state["encoder.0.seq.0.weight"], len(state["last.0.0.weight"])
         levels = sum(key.startswith("encoder.") and key.endswith(".weight") for key in state) // 2
-        dim, n_classes = {4: "2D", 5: "3D"}[first.ndim], len(last)
-        out = {f"enc_ConvBlock_{k + 1}": len(state[f"encoder.{k}.seq.0.weight"]) for k in range(2 * levels)}
-        for stage in range(levels - 1):
-            out[f"dec_ConvTranspose{dim.lower()}_{stage + 1}"] = state[f"decoder.{3 * stage}.weight"].shape[1]
-            for i in (1, 2):
-                out[f"dec_ConvBlock_{2 * stage + i}"] = len(state[f"decoder.{3 * stage + i}.seq.0.weight"])
-        if levels < 3:
-            raise IndexError(f"{levels} levels; the third")
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{source}: is no model of nnUNet or Sauron ({error} is missing)") from error
-    return {
-        "modalities": first.shape[1],
-        "n_classes": n_classes,
-        "fms_init": out["enc_ConvBlock_1"],
-        "levels": levels,
-        "dim": dim,
-        "filters": {"out": out},
-    }
+        dim = {4: "2D", 5: "3D"}[first.ndim]
+        with torch.device("meta"):
+            network = nnUNet(1, 1, 1, levels, dim=dim)  # for its table alone
+        keys = {module: f"{name}.weight" for name, module in network.named_modules()}
+        shapes = {block: state[keys[block.conv]].shape for block in network.blocks()}
+        widths = {block.name: shape[1 if block.transposed else 0] for block, shape in shapes.items() if not block.head}
+        ups = [shape[2:] for block, shape in shapes.items() if block.transposed]  # from the deepest stage
+        arguments = {
+            "modalities": first.shape[1],
+            "n_classes": n_classes,
+            "fms_init": len(first),
+            "levels": levels,
+            "dim": dim,
+            "filters": {"out": widths},
+            "strides": [(1,) * len(ups[0]), *map(tuple, reversed(ups))],
+            "kernels": [tuple(shape[2:]) for shape in list(shapes.values())[: 2 * levels : 2]],
+        }
+        with torch.device("meta"):
+            nnUNet(**arguments)  # raises ValueError where there is no such network
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{source}: is no model of nnUNet or Sauron ({reason})") from error
+    return arguments
 
 
 def load_model(
@@ -58,16 +66,6 @@ def load_model(
         if file:
             check_filters(read_filters(file), counted[direction], file, path)
     return model.to(device).eval()
-
-
-def check_filters(given: dict[str, int], counted: dict[str, int], file: str | Path, model: str | Path) -> None:
-    """Raise InputError unless a filter file's last row describes the model, naming the first block that differs."""
-    for name in [*counted, *given]:
-        if given.get(name) != counted.get(name):
-            raise InputError(
-                f"{file}: {name} has {given.get(name, 'no')} filters in its last row, {counted.get(name, 'no')} in "
-                f"{model}; give the filter files of the same run and epoch, or leave them out"
-            )
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:

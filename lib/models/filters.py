@@ -23,3 +23,13 @@ def read_filters(path: str | Path) -> dict[str, int]:
     if len(names) != len(last) or len(lines) < 2 or min(last) < 1:
         raise InputError(f"{path}: the last row must have one positive number for each of its {len(names)} names")
     return dict(zip(names, last, strict=True))
+
+
+def check_filters(given: dict[str, int], counted: dict[str, int], file: str | Path, model: str | Path) -> None:
+    """Raise InputError unless a filter file's last row describes the model, naming the first block that differs."""
+    for name in [*counted, *given]:
+        if given.get(name) != counted.get(name):
+            raise InputError(
+                f"{file}: {name} has {given.get(name, 'no')} filters in its last row, {counted.get(name, 'no')} in "
+                f"{model}; give the filter files of the same run and epoch, or leave them out"
+            )

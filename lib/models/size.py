@@ -41,7 +41,8 @@ def summary(model: nnUNet, patch_size: tuple[int, ...]) -> dict[str, int]:
 def resized(model: nnUNet, widths: dict[str, int], device: str | torch.device = "meta") -> nnUNet:
     """A network as `model`, with `widths` filters by block; its weights mean nothing (on "meta" it has none)."""
     with torch.device(device), torch.random.fork_rng(devices=[]):
-        return nnUNet(model.modalities, model.n_classes, 1, model.levels, dim=model.dim, filters={"out": widths}).eval()
+        shape = {"dim": model.dim, "strides": model.strides, "kernels": model.kernels}
+        return nnUNet(model.modalities, model.n_classes, 1, model.levels, filters={"out": widths}, **shape).eval()
 
 
 @torch.inference_mode()

@@ -1,0 +1,62 @@
+"""The layers that the network is made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW = 16  # filters: what a CPU of today computes at once
+
+
+class InstanceNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) over all spatial axes of each image and channel of (B, C, *spatial).
+
+    On the CPU a group norm of one channel per group is several times as fast as torch's instance norm.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, x.shape[1]) if x.device.type == "cpu" else F.instance_norm(x)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that takes and gives maps as they are usually stored, but may compute with the channels last.
+
+    For the few filters of a pruned network this makes the backward pass on the CPU two to four times as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or min(self.in_channels, self.out_channels) >= FEW:
+            return super().forward(x)
+        x = _Stored.apply(x, torch.channels_last, torch.contiguous_format)
+        return _Stored.apply(super().forward(x), torch.contiguous_format, torch.channels_last)
+
+
+class _Stored(torch.autograd.Function):
+    """The same tensor in another memory format, and its gradient in a format of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, memory_format: torch.memory_format, of_gradient: torch.memory_format) -> Tensor:
+        ctx.memory_format = of_gradient
+        return x.contiguous(memory_format=memory_format)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.contiguous(memory_format=ctx.memory_format), None, None
+
+
+class ConvBlock(nn.Module):
+    """Convolution -> InstanceNorm -> LeakyReLU(0.01); kernel (odd) and stride have a number per axis.
+
+    The padding is half the kernel: with a stride of 1 the maps keep their size.
+    """
+
+    def __init__(self, in_filters: int, out_filters: int, kernel: tuple[int, ...], stride: int | tuple[int, ...] = 1):
+        super().__init__()
+        conv = Conv2d if len(kernel) == 2 else nn.Conv3d
+        self.seq = nn.Sequential(
+            conv(in_filters, out_filters, kernel, stride, padding=tuple(k // 2 for k in kernel)),
+            InstanceNorm(),
+            nn.LeakyReLU(0.01, inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq(x)
