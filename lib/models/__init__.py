@@ -38,6 +38,7 @@ def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
             "dim": dim,
             "filters": {"out": widths},
             "strides": [(1,) * len(ups[0]), *map(tuple, reversed(ups))],
+            # the encoder comes first, two blocks a level
             "kernels": [tuple(shape[2:]) for shape in list(shapes.values())[: 2 * levels : 2]],
         }
         with torch.device("meta"):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lib.models.BaseModel import IMAGE, BaseModel, Block
 from lib.models.layers import ConvBlock
 
+PerLevel = Sequence[Sequence[int]]  # a number per axis for each level
+
 
 class nnUNet(BaseModel):
     """U-Net with strided convolutions, transposed convolutions and deep supervision.
@@ -35,8 +37,8 @@ class nnUNet(BaseModel):
         fms_max: int = 480,
         dim: str = "2D",
         filters: dict[str, dict[str, int]] | None = None,
-        strides: Sequence[Sequence[int]] | None = None,
-        kernels: Sequence[Sequence[int]] | None = None,
+        strides: PerLevel | None = None,
+        kernels: PerLevel | None = None,
     ):
         super().__init__()
         if dim not in ("2D", "3D") or levels < 3:
@@ -99,17 +101,13 @@ class nnUNet(BaseModel):
         return [output for block, output in self.run(x) if block.head][::-1]
 
 
-def _per_level(
-    what: str, given: Sequence[Sequence[int]] | None, default: Sequence[Sequence[int]]
-) -> tuple[tuple[int, ...], ...]:
-    """A number per axis for each level, as many as `default` has. Raises ValueError if they are not."""
+def _per_level(what: str, given: PerLevel | None, default: PerLevel) -> tuple[tuple[int, ...], ...]:
+    """`given`, or else `default`. Raises ValueError unless it has as many numbers, and whole ones above 0."""
     try:
         rows = tuple(tuple(map(index, row)) for row in (default if given is None else given))
     except TypeError:
         rows = ()
-    if [len(row) for row in rows] != [len(row) for row in default] or min(map(min, rows)) < 1:
-        raise ValueError(
-            f"{what} must hold {len(default[0])} whole numbers (by axis, 1 or more) for each of {len(default)} levels, "
-            f"not {given}"
-        )
+    levels, axes = len(default), len(default[0])
+    if [len(row) for row in rows] != [axes] * levels or min(map(min, rows)) < 1:
+        raise ValueError(f"{what} must hold {axes} whole numbers above 0 for each of {levels} levels, not {given}")
     return rows
