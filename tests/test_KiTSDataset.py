@@ -12,7 +12,7 @@ import torch
 import torchio as tio
 
 import evaluate
-import lib.callback
+import lib.pruning.rules
 import predict
 import train
 from lib.data import DATASETS
@@ -316,7 +316,7 @@ def test_kits23_from_training_to_the_challenges_regions(tmp_path, monkeypatch, c
 
 def test_from_training_to_evaluation_in_three_dimensions(tmp_path, monkeypatch, capsys):
     """Train for two epochs with pruning, once in one go and once interrupted; predict and evaluate the test set."""
-    monkeypatch.setattr(lib.callback, "training_settled", lambda *_: True)  # so that thresholds rise at once
+    monkeypatch.setattr(lib.pruning.rules, "training_settled", lambda *_: True)  # so that thresholds rise at once
     data = ["--data", "phantom3d", "--data_path", str(tmp_path / "phantom3d"), "--cache_path", str(tmp_path / "cache")]
     small = ["--fms_init", "4", "--rho", "1", "--tau_max", "0.4", "--kappa", "1", "--prune_between", "0%", "100%"]
     options = [*data, *small, "--num_workers", "0", "--device", "cpu"]

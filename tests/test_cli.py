@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import evaluate
-import lib.callback
 import lib.data.nifti
+import lib.pruning.rules
 import predict
 import train
 from lib.models import Sauron, load_model
@@ -48,7 +48,7 @@ PRUNE = ["--max_flops", "none", "--rho", "1", "--tau_max", "0.5", "--kappa", "1"
 def thresholds_rise_at_once():
     """Let training count as settled from the first epoch on, so that the tests below run on pruned networks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.callback, "training_settled", lambda *_: True)
+        patch.setattr(lib.pruning.rules, "training_settled", lambda *_: True)
         yield
 
 
@@ -263,7 +263,7 @@ def test_real_patients(tmp_path):
 @needs_acdc
 def test_the_python_interface_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (ROOT / ".readme" / "python.md").read_text().split("```python\n")[1].split("```")[0]
     model = Sauron(1, 4, 2, 7)
     model.initialize()
     torch.save(model.state_dict(), "model-500")

@@ -40,16 +40,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(names: Iterable[str]) -> dict:
-    """The keywords of an argparse argument that takes one of `names`, in upper or lower case."""
-    names = sorted(names)
-    by_lower_case = {name.lower(): name for name in names}
+    """The keywords of an argparse argument that takes one of `names`, in upper or lower case. They are looked up when
+    the argument is read."""
 
     def parse(text: str) -> str:
-        if text.lower() not in by_lower_case:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, names)} (known: {', '.join(names)})")
-        return by_lower_case[text.lower()]
+        found = {name.lower(): name for name in names}.get(text.lower())
+        if found is None:
+            known = sorted(names)
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{nearest(text, known)} (known: {', '.join(known)})")
+        return found
 
-    return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
+    return {"type": parse, "metavar": f"{{{','.join(sorted(names))}}}"}
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
