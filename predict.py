@@ -2,37 +2,12 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from lib import published
 from lib.data import DATASETS
-from lib.data.nifti import scale_note
-from lib.inference import default_batch_size, predict_file
-from lib.models import compile_model, load_model
-from lib.prediction import (
-    Images,
-    begin,
-    challenge_names,
-    check_model,
-    choose_images,
-    describe,
-    describe_job,
-    drop_probabilities,
-    input_images,
-    outputs_of,
-    partition_images,
-    precision_of,
-    put,
-)
-from lib.record import identified, read_record
-from lib.settings import Settings
+from lib.prediction import predict
 from lib.system.cli import Parser, number, one_of, run_script
-from lib.system.device import find_device
-from lib.system.files import is_listed, made
-from lib.system.process import check_stopped, keep_freed_memory
+from lib.system.files import made
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -81,79 +56,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     existing.add_argument("--overwrite", action="store_true", help="replace existing predictions (default: refuse)")
     return parser.parse_args(argv)
-
-
-def run_settings(model_state: Path) -> Settings | None:
-    """The settings of the run that a model RUN/models/model-E belongs to; None where none of ours is known."""
-    path = model_state.resolve()
-    run = path.parent.parent
-    if path.parent.name != "models" or not (run / "config.json").exists() or not is_listed(path):
-        return None
-    return Settings.read(run)[0] if published.read_config(run) is None else None
-
-
-def find_images(args: argparse.Namespace, settings: Settings | None) -> dict[str, Images]:
-    """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
-    dataset = DATASETS[args.data]
-    if args.input is None:
-        images = partition_images(dataset, args.original, args.partition, settings, args.model_state)
-    else:
-        images = input_images(args.input, dataset)
-    for subject, files in images.items():
-        dataset.check_channels(subject, files)
-    return challenge_names(images, dataset) if args.challenge_names else images
-
-
-def predict(args: argparse.Namespace) -> None:
-    settings = run_settings(args.model_state)
-    dataset, tta = DATASETS[args.data], not args.no_tta
-    patch_size = tuple(args.patch_size or (settings or dataset).patch_size)
-    device = find_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with identified(args.model_state) as source:
-        model = load_model(args.model_state, device, args.in_filters, args.out_filters)
-    check_model(model, args.model_state, dataset, patch_size)
-    images = find_images(args, settings)
-    record = read_record(args.output)
-    batch_size = args.batch_size or default_batch_size(model.dim, device)
-    precision, note = precision_of(args.amp, args.overwrite, record, model, batch_size, patch_size)
-    job = describe_job(source, dataset, patch_size, tta, args.amp, precision)
-    images = choose_images(images, record, job, args.probabilities, args.skip_existing, args.overwrite)
-    if note:
-        tqdm.write(note)
-    if args.compile:
-        compile_model(model, device)
-
-    start = partial(
-        begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, settings)
-    )
-    noted = None  # the first image whose header disagrees with itself
-    for i, (subject, files) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
-        check_stopped()
-        prediction = predict_file(
-            model,
-            files,
-            dataset.preprocessing,
-            patch_size,
-            tta,
-            batch_size,
-            args.probabilities,
-            precision == "bfloat16",
-        )
-        if i == 0:  # a first image that is bad leaves nothing behind
-            start()
-        if not noted and (noted := scale_note(files)):
-            tqdm.write(noted)
-        if not args.probabilities:
-            drop_probabilities(subject, record, args.overwrite)
-        *probabilities, labels = outputs_of(subject, args.output, args.probabilities)
-        for output in probabilities:
-            put(prediction.probabilities, prediction, output, record)
-        put(prediction.labels, prediction, labels, record)
-    if not images:
-        start()
-    record.write()
 
 
 def run(argv: list[str] | None) -> None:

@@ -160,21 +160,13 @@ def callbacks(
     """The published order: prune, histories, filter files, model. `save_fms` holds the arguments of its callback; None
     leaves it out. All ranks prune and measure; the main one writes, and it alone has a `writer`."""
     return [
-        _main_only(_end_epoch_save_best),
+        distributed.main_only(_end_epoch_save_best),
         _end_epoch_prune,
         partial(_end_epoch_measure, patch_size=patch_size),
-        *([_main_only(partial(_end_epoch_save_all_FMs, **save_fms))] if save_fms else []),
-        _main_only(_end_epoch_save_history),
-        _main_only(_end_epoch_save_filters),
-        _main_only(partial(_end_epoch_tensorboard, writer=writer, class_names=class_names)),
-        _main_only(_end_epoch_save_model),
-        _main_only(partial(_end_epoch_log, epochs=epochs)),
+        *([distributed.main_only(partial(_end_epoch_save_all_FMs, **save_fms))] if save_fms else []),
+        distributed.main_only(_end_epoch_save_history),
+        distributed.main_only(_end_epoch_save_filters),
+        distributed.main_only(partial(_end_epoch_tensorboard, writer=writer, class_names=class_names)),
+        distributed.main_only(_end_epoch_save_model),
+        distributed.main_only(partial(_end_epoch_log, epochs=epochs)),
     ]
-
-
-def _main_only(callback: Callback) -> Callback:
-    return callback if distributed.is_main() else _do_nothing
-
-
-def _do_nothing(_: TrainingState) -> None:
-    pass

@@ -33,6 +33,7 @@ from lib.system.files import (
     write_json,
     write_text,
 )
+from lib.system.log import no_log
 
 try:
     import fcntl
@@ -60,7 +61,7 @@ class TrainingState:
     model: nnUNet
     optimizer: Optimizer
     folder: Path
-    log: Callable[[str], None]
+    log: Callable[[str], None] = no_log
     epoch: int = 0  # the newest finished one, counted from 1
     rows: list[dict] = field(default_factory=list)  # the history: one JSON-able row per epoch
     validation: dict[str, dict] = field(default_factory=dict)  # by epoch: {"loss", "dice": {subject: [per class]}}

@@ -1,28 +1,85 @@
 """What to predict, under which names, and with which model; and the folder that the predictions are written into."""
 
+import argparse
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
-from lib.data.nifti import PROBABILITIES, TRUTH, stem
-from lib.inference import Prediction, save, trial_prediction
+from lib.data.nifti import PROBABILITIES, TRUTH, scale_note, stem
+from lib.inference import Prediction, Predictor, save, settings_of_model
+from lib.models import compile_model, load_model
 from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
-from lib.record import Record, check_others, is_done
+from lib.record import Record, check_others, identified, is_done, read_record
 from lib.settings import Settings
-from lib.system.device import faster_precision
+from lib.system.device import device_of, faster_precision, find_device
 from lib.system.error import InputError
 from lib.system.files import sweep, write_json
+from lib.system.process import check_stopped, keep_freed_memory
 
 Images = tuple[Path, ...]  # the files of one image, one for each channel
 DEFAULT_SPLIT = {"split": "0.9:0.1", "seed_data": 42}  # as in training
 METHOD = 1  # raise it whenever the same job gives other predictions of the same image
+
+
+def predict(args: argparse.Namespace) -> None:
+    """What predict.py does with its arguments, in a folder that it alone writes to."""
+    settings, dataset = settings_of_model(args.model_state), DATASETS[args.data]
+    patch_size = tuple(args.patch_size or (settings or dataset).patch_size)
+    device = find_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with identified(args.model_state) as source:
+        model = load_model(args.model_state, device, args.in_filters, args.out_filters)
+    check_model(model, args.model_state, dataset, patch_size)
+    images = find_images(args, dataset, settings)
+    record = read_record(args.output)
+    predictor = Predictor(model, patch_size, not args.no_tta, args.batch_size, preprocessing=dataset.preprocessing)
+    precision, note = precision_of(predictor, args.amp, args.overwrite, record)
+    predictor = replace(predictor, amp=precision == "bfloat16")
+    job = describe_job(source, dataset, predictor, args.amp, precision)
+    images = choose_images(images, record, job, args.probabilities, args.skip_existing, args.overwrite)
+    if note:
+        tqdm.write(note)
+    if args.compile:
+        compile_model(model, device)
+    start = partial(
+        begin, record, job, images, args.probabilities, describe(model, source, dataset, patch_size, settings)
+    )
+    noted = None  # the first image whose header disagrees with itself
+    for i, (subject, files) in enumerate(tqdm(images.items(), desc="predict", unit="image")):
+        check_stopped()
+        prediction = predictor.file(files, args.probabilities)
+        if i == 0:  # a first image that is bad leaves nothing behind
+            start()
+        if not noted and (noted := scale_note(files)):
+            tqdm.write(noted)
+        if not args.probabilities:
+            drop_probabilities(subject, record, args.overwrite)
+        for output in outputs_of(subject, args.output, args.probabilities):
+            is_labels = output.name == f"{subject}.nii.gz"
+            put(prediction.labels if is_labels else prediction.probabilities, prediction, output, record)
+    if not images:
+        start()
+    record.write()
+
+
+def find_images(args: argparse.Namespace, dataset: BaseDataset, settings: Settings | None) -> dict[str, Images]:
+    """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
+    if args.input is None:
+        images = partition_images(dataset, args.original, args.partition, settings, args.model_state)
+    else:
+        images = input_images(args.input, dataset)
+    for subject, files in images.items():
+        dataset.check_channels(subject, files)
+    return challenge_names(images, dataset) if args.challenge_names else images
 
 
 def check_model(model: nnUNet, source: Path, dataset: BaseDataset, patch_size: tuple[int, ...]) -> None:
@@ -31,11 +88,12 @@ def check_model(model: nnUNet, source: Path, dataset: BaseDataset, patch_size: t
         found, needed = getattr(model, what), getattr(dataset, what)
         if found != needed:
             raise InputError(f"{source}: {what} is {found}, --data {dataset.name} needs {needed}")
-    factor = 2 ** (model.levels - 1)
-    if len(patch_size) != int(model.dim[0]) or any(n % factor or n < 2 * factor for n in patch_size):
+    divisor = model.divisor
+    if len(patch_size) != len(divisor) or any(n % d or n < 2 * d for n, d in zip(patch_size, divisor, strict=True)):
+        least, twice = (" x ".join(map(str, dict.fromkeys(k * d for d in divisor))) for k in (1, 2))
         raise InputError(
-            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {model.dim[0]} numbers, each a multiple "
-            f"of {factor} and at least {2 * factor}"
+            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {len(divisor)} numbers, each a multiple "
+            f"of {least} and at least {twice}"
         )
 
 
@@ -170,31 +228,27 @@ def put(array: np.ndarray, prediction: Prediction, output: Path, record: Record)
     record.replaced(output.name)
 
 
-def precision_of(
-    amp: bool, overwrite: bool, record: Record, model: nnUNet, batch_size: int, patch_size: tuple[int, ...]
-) -> tuple[str, str | None]:
+def precision_of(predictor: Predictor, amp: bool, overwrite: bool, record: Record) -> tuple[str, str | None]:
     """float32 or bfloat16, in which is to be predicted, and a line for the screen if a timed batch decided it.
 
     Unless it is to `overwrite` what is there, a prediction keeps to the precision in which the folder was begun.
     """
-    if not amp or next(model.parameters()).device.type != "cpu":
+    if not amp or device_of(predictor.model).type != "cpu":
         return "bfloat16" if amp else "float32", None
     if not overwrite and record.jobs.get(record.job, {}).get("amp"):
         return record.jobs[record.job]["precision"], None
-    return faster_precision("a batch", trial_prediction(model, batch_size, patch_size))
+    return faster_precision("a batch", predictor.trial())
 
 
-def describe_job(
-    source: dict, dataset: BaseDataset, patch_size: tuple[int, ...], tta: bool, amp: bool, precision: str
-) -> dict:
+def describe_job(source: dict, dataset: BaseDataset, predictor: Predictor, amp: bool, precision: str) -> dict:
     """All but the image that a prediction depends on, as it is written to the record; `source` is the model."""
     return {
         "method": METHOD,
         "model": {"path": source["path"], "sha256": source["sha256"]},
         "data": dataset.name,
         "preprocessing": json.loads(json.dumps(asdict(dataset.preprocessing))),
-        "patch_size": list(patch_size),
-        "tta": tta,
+        "patch_size": list(predictor.patch_size),
+        "tta": predictor.mirror,
         "amp": amp,
         "precision": precision,
     }
@@ -210,6 +264,7 @@ def describe(
     now, unpruned = summary(model, patch_size), {}
     levels, fms_init = (getattr(settings, key, dataset.defaults[key]) for key in ("levels", "fms_init"))
     if model.levels == levels:
-        unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, dim=model.dim), patch_size)
+        like = {"dim": model.dim, "strides": model.strides, "kernels": model.kernels}
+        unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, **like), patch_size)
     sizes = {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
     return {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}

@@ -17,6 +17,7 @@ import lib.build
 import lib.callback
 import lib.pruning.rules
 import lib.trainer
+import lib.training
 import train
 from lib.system import distributed
 
@@ -28,8 +29,8 @@ def in_float64() -> None:
         return to_device(tensor.double() if tensor.is_floating_point() else tensor, device)
 
     lib.trainer.to_device = to_device_in_float64
-    lib.build.build_model = train.build_model = lambda *args: build_model(*args).double()
-    for module in (train, lib.callback):
+    lib.build.build_model = lib.training.build_model = lambda *args: build_model(*args).double()
+    for module in (lib.training, lib.callback):
         module.summary = lambda model, patch_size: summary(copy.deepcopy(model).float(), patch_size)
 
 
@@ -45,13 +46,13 @@ def with_fault(rank: int, epoch: int, number: int) -> None:
 
 
 def with_rows(folder: Path) -> None:
-    fit = train.fit
+    fit = lib.training.fit
 
     def recorded(state, *args, **kwargs):
         fit(state, *args, **kwargs)
         (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps([state.rows, state.validation]))
 
-    train.fit = recorded
+    lib.training.fit = recorded
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ TARGETS = {
     "epoch": ("lib.trainer", "train_epoch"),
     "validation": ("lib.trainer", "validate"),
     "checkpoint": ("lib.checkpoint", "save"),
-    "prediction": ("predict", "predict_file"),
+    "prediction": ("lib.inference", "Predictor.file"),
     "writing": ("lib.prediction", "save"),
 }
 

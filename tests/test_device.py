@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import lib.training
 import predict
 import train
-from lib.inference import trial_prediction
+from lib.inference import Predictor
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron
 from lib.system import device
@@ -101,7 +102,7 @@ def test_trials_compute_in_the_precision_that_they_are_asked_for(model):
     try:
         for trial in (
             trial_step(model, DS_CrossEntropyDiceLoss_Distance(), 2, (32, 32)),
-            trial_prediction(model.eval(), 2, (32, 32)),
+            Predictor(model.eval(), (32, 32), batch_size=2).trial(),
         ):
             for amp, dtype in ((False, torch.float32), (True, torch.bfloat16)):
                 types.clear()
@@ -131,7 +132,7 @@ def begun(phantom, tmp_path, monkeypatch):
         seen.append({"amp": amp, "random": torch.get_rng_state(), "weights": state.model.state_dict()})
         raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(train, "fit", stopped)
+    monkeypatch.setattr(lib.training, "fit", stopped)
 
     def begin(*argv):
         argv = argv if "--resume" in argv else [*arguments(phantom, tmp_path), *argv]

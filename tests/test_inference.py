@@ -1,6 +1,7 @@
 """Sliding windows, mirroring and the original grid."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import nibabel as nib
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from niftis import assert_same_grid, oblique, oriented, write_image
 from torch import nn
 
+from lib.checkpoint import save_model
 from lib.data.preprocessing import Preprocessing
-from lib.inference import axis_windows, predict_file, predict_volume, save
-from lib.models import nnUNet
+from lib.inference import Predictor, axis_windows, save
+from lib.models import Sauron, nnUNet
+from lib.settings import Settings
+from lib.system.error import InputError
 
 PATCHES = {"2D": (8, 12), "3D": (4, 8, 6)}
 KEEP = Preprocessing(spacing_mm=(None, None, None), clip=None, shift=None, scale=None, min_size=None, zscore=True)
@@ -77,7 +81,7 @@ SIZES = st.tuples(st.integers(1, 27), st.integers(1, 27), st.integers(1, 9))
 @given(size=SIZES, dim=st.sampled_from(["2D", "3D"]), tta=st.booleans(), batch_size=st.integers(1, 20))
 def test_any_size_equals_the_direct_computation(size, dim, tta, batch_size):
     volume = torch.randn(1, *size)
-    result = predict_volume(Pointwise(), volume, PATCHES[dim], tta, batch_size)
+    result = Predictor(Pointwise(), PATCHES[dim], tta, batch_size).volume(volume)
     assert result.dtype == torch.float32 and result.device.type == "cpu"
     torch.testing.assert_close(result, torch.cat([-volume, volume]).softmax(0), atol=1e-6, rtol=0)
 
@@ -111,7 +115,7 @@ FLIPS_3D = [(), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)]
 @torch.no_grad()
 def test_2d_is_the_weighted_mean_over_windows_and_four_mirrorings(size, tta):
     model, volume = Neighbours("2D"), torch.randn(2, *size)
-    result = predict_volume(model, volume, PATCHES["2D"], tta, batch_size=3)
+    result = Predictor(model, PATCHES["2D"], tta, batch_size=3).volume(volume)
     for z in range(size[2]):
         expected = slow_prediction(model, volume[..., z], PATCHES["2D"], FLIPS_2D if tta else [()])
         np.testing.assert_allclose(result[..., z], expected, atol=1e-6)
@@ -122,7 +126,7 @@ def test_2d_is_the_weighted_mean_over_windows_and_four_mirrorings(size, tta):
 @torch.no_grad()
 def test_3d_is_the_weighted_mean_over_windows_and_eight_mirrorings(size, tta):
     model, volume = Neighbours("3D"), torch.randn(2, *size)
-    result = predict_volume(model, volume, PATCHES["3D"], tta, batch_size=12)
+    result = Predictor(model, PATCHES["3D"], tta, batch_size=12).volume(volume)
     expected = slow_prediction(model, volume, PATCHES["3D"], FLIPS_3D if tta else [()])
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
@@ -141,7 +145,8 @@ def test_the_prediction_lies_on_the_very_grid_of_the_original(tmp_path, name, sh
     path, output = tmp_path / "image.nii.gz", tmp_path / "out.nii.gz"
     truth = write_image(path, AFFINES[name], shape=shape)
     preprocessing = replace(preprocessing, orientation="".join(nib.aff2axcodes(AFFINES[name])))
-    prediction = predict_file(Pointwise(), path, preprocessing, patch_size, probabilities=True)
+    predictor = Predictor(Pointwise(), patch_size, preprocessing=preprocessing)
+    prediction = predictor.file(path, probabilities=True)
     save(prediction.labels, prediction.header, output)
     assert_same_grid(output, path)
     labels = nib.load(output)
@@ -152,7 +157,7 @@ def test_the_prediction_lies_on_the_very_grid_of_the_original(tmp_path, name, sh
     probabilities = np.asarray(nib.load(output).dataobj)
     assert probabilities.dtype == np.float32
     np.testing.assert_array_equal(probabilities.argmax(-1).reshape(shape), truth)
-    assert predict_file(Pointwise(), path, preprocessing, patch_size).probabilities is None
+    assert predictor.file(path).probabilities is None
 
 
 @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
@@ -164,7 +169,7 @@ def test_shapes_scaling_and_disagreeing_forms_are_kept(tmp_path, image_class):
     image.set_sform(None, code=0)  # only the qform counts
     image.header.set_slope_inter(2, -50)
     nib.save(image, path)
-    prediction = predict_file(Pointwise(), path, KEEP, (8, 8, 4))
+    prediction = Predictor(Pointwise(), (8, 8, 4), preprocessing=KEEP).file(path)
     save(prediction.labels, prediction.header, output)
     assert_same_grid(output, path)
     np.testing.assert_array_equal(np.asarray(nib.load(output).dataobj), truth)
@@ -173,7 +178,7 @@ def test_shapes_scaling_and_disagreeing_forms_are_kept(tmp_path, image_class):
 def test_the_same_prediction_gives_the_same_bytes_and_no_other_file(tmp_path):
     write_image(tmp_path / "image.nii", oblique())
     for name in ("a.nii.gz", "b.nii.gz"):
-        prediction = predict_file(Pointwise(), tmp_path / "image.nii", KEEP, (8, 8))
+        prediction = Predictor(Pointwise(), (8, 8), preprocessing=KEEP).file(tmp_path / "image.nii")
         save(prediction.labels, prediction.header, tmp_path / name)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz", "image.nii"]
@@ -184,6 +189,27 @@ def test_amp_is_near_to_float32():
     model = nnUNet(1, 3, 4, 3).eval()
     model.initialize()
     volume = torch.randn(1, 20, 24, 3)
-    plain, fast = (predict_volume(model, volume, (16, 16), amp=amp) for amp in (False, True))
+    plain, fast = (Predictor(model, (16, 16), amp=amp).volume(volume) for amp in (False, True))
     assert fast.dtype == torch.float32 and not torch.equal(plain, fast)
     torch.testing.assert_close(fast, plain, rtol=0, atol=0.05)
+
+
+def test_a_predictor_of_a_run_needs_three_lines(tmp_path):
+    """The patch and the preprocessing are those of the run."""
+    settings = Settings.of({"data": "phantom", "patch_size": (16, 16)})
+    model = Sauron(1, 4, 2, 3)
+    model.initialize()
+    (tmp_path / "models").mkdir()
+    save_model(tmp_path / "models" / "model-3", model)
+    with pytest.raises(InputError, match="model-3: its run is not known"):
+        Predictor.load(tmp_path / "models" / "model-3")
+    (tmp_path / "config.json").write_text(json.dumps(settings.as_dict()))
+    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 24, 3)), np.diag([2.5, 2.5, 8, 1]))
+    nib.save(image, tmp_path / "image.nii.gz")
+
+    predictor = Predictor.load(tmp_path / "models" / "model-3", device="cpu", mirror=False)
+    assert (predictor.patch_size, predictor.batch_size, predictor.mirror) == ((16, 16), 2, False)
+    labels = predictor.file(tmp_path / "image.nii.gz").labels
+    assert labels.shape == (20, 24, 3) and labels.dtype == np.uint8
+    with pytest.raises(ValueError, match="needs their preprocessing"):
+        Predictor(model, (16, 16)).file(tmp_path / "image.nii.gz")

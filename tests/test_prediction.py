@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import lib.prediction
 import predict
 from lib.data import DATASETS
 from lib.data.preprocessing import Preprocessing
-from lib.inference import predict_file
+from lib.inference import Predictor
 from lib.models import load_model
 from lib.models.nnUNet import nnUNet
 from lib.record import mixed_jobs
@@ -98,7 +99,7 @@ def test_predict_writes_labels_probabilities_and_the_size_of_the_model(toy):
         np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
         np.testing.assert_array_equal(probabilities.argmax(-1), np.asarray(nib.load(output).dataobj))
     # the run's own patch, not the data set's
-    expected = predict_file(load_model(toy.model), toy.data / "case1.nii.gz", KEEP, (8, 16), probabilities=True)
+    expected = Predictor(load_model(toy.model), (8, 16), preprocessing=KEEP).file(toy.data / "case1.nii.gz", True)
     written = nib.load(toy.out / "case1_probabilities.nii.gz")
     np.testing.assert_allclose(np.asarray(written.dataobj), expected.probabilities, atol=1e-6)
 
@@ -166,7 +167,7 @@ def stop_at_the_third(toy, monkeypatch, how):
     """Have what comes next end in this way when it is at the third image; returns what mends it."""
     if how == "signal":
         calls = iter(range(100))
-        monkeypatch.setattr(predict, "check_stopped", lambda: next(calls) == 2 and predict.sys.exit(143))
+        monkeypatch.setattr(lib.prediction, "check_stopped", lambda: next(calls) == 2 and sys.exit(143))
     elif how == "damaged image":
         good = (toy.data / "case3.nii.gz").read_bytes()
         (toy.data / "case3.nii.gz").write_bytes(good[:100])
@@ -299,7 +300,7 @@ def test_a_model_that_changes_while_it_is_read_is_not_used(toy, capsys, monkeypa
         toy.model.write_bytes(toy.model.read_bytes() + bytes(8))
         return result
 
-    monkeypatch.setattr(predict, "load_model", read_and_change)
+    monkeypatch.setattr(lib.prediction, "load_model", read_and_change)
     code = toy.run()
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and f"{toy.model}: changed while it was read" in error
@@ -310,12 +311,14 @@ def test_the_record_names_what_was_predicted_from_though_it_changes_meanwhile(to
     image = toy.data / "case1.nii.gz"
     before = hashlib.sha256(image.read_bytes()).hexdigest()
 
-    def predict_and_change(*args, **kwargs):
-        prediction = predict_file(*args, **kwargs)
+    predict_file = Predictor.file
+
+    def predict_and_change(*args):
+        prediction = predict_file(*args)
         image.write_bytes(image.read_bytes() + bytes(8))
         return prediction
 
-    monkeypatch.setattr(predict, "predict_file", predict_and_change)
+    monkeypatch.setattr(Predictor, "file", predict_and_change)
     assert toy.run("--input", image, source=()) == 0
     record = json.loads((toy.out / "predictions.json").read_text())
     assert record["files"]["case1.nii.gz"][0]["input"]["sha256"] == before

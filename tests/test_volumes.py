@@ -15,7 +15,7 @@ from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
 from lib.data.loading import Loader
 from lib.data.preprocessing import read_channels, standardize, zscore
-from lib.inference import predict_file
+from lib.inference import Predictor
 from lib.system.error import InputError
 
 SHAPE = (16, 20, 6)
@@ -157,7 +157,7 @@ class Copy(torch.nn.Module):
 def test_inference_reads_all_channels(folder):
     paths = tuple(folder / f"ann_{name}.nii.gz" for name in ("t2", "adc"))
     keep = Preprocessing((None,) * 3, orientation="".join(nib.aff2axcodes(oblique())))
-    prediction = predict_file(Copy(), paths, keep, (16, 16), tta=False)
+    prediction = Predictor(Copy(), (16, 16), mirror=False, preprocessing=keep).file(paths)
     bright = zscore(torch.from_numpy(np.asarray(nib.load(paths[1]).dataobj))[None])[0] > 0
     assert prediction.labels.dtype == np.int16
     np.testing.assert_array_equal(prediction.labels == 260, bright)

@@ -16,9 +16,6 @@ from lib.system.error import InputError
 from lib.system.process import Stopped, stoppable
 from lib.system.screen import kept_screen
 
-# What is said where another process of the same training was killed, or its machine is away.
-LOST = "another process of this training has ended, or cannot be reached"
-
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError, which `run_script` prints, and suggests the nearest flag for an unknown one."""
@@ -138,7 +135,10 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
             line = f"{error.filename or 'a file'}: {error.strerror or error}; mend this and start again"
         except (MemoryError, RuntimeError) as error:
             if distributed.is_lost(error):
-                print(f"{name}: error: rank {distributed.rank()}: {LOST}; go on with --resume RUN", file=sys.stderr)
+                print(
+                    f"{name}: error: rank {distributed.rank()}: {distributed.LOST}; go on with --resume RUN",
+                    file=sys.stderr,
+                )
                 return 1
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise

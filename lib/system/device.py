@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch import nn
 
 from lib.system import distributed
 from lib.system.error import InputError
@@ -35,6 +36,11 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here; use cpu, or auto") from error
     return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a network are; the CPU for one without any."""
+    return next(model.parameters(), torch.empty(0)).device
 
 
 def seconds_of(step: Callable[[bool], object]) -> tuple[float, float]:

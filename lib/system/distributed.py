@@ -8,9 +8,10 @@ values travel as JSON, arrays as tensors. Without torchrun there is one rank, an
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.system.error import InputError
 from lib.system.process import Stopped
 
+LOST = "another process of this training has ended, or cannot be reached"
 PATIENCE = timedelta(hours=2)  # the first rank may have to preprocess a data set, or wait for a lock
+
+
+Result = TypeVar("Result")
 
 
 class Elsewhere(InputError):
@@ -153,6 +158,17 @@ def agreed() -> Iterator[None]:
         raise own if rank() == teller else Elsewhere(f"the process {teller} has failed")
     if signal:
         raise Stopped(-signal)
+
+
+def together(work: Callable[..., Result], *args: object) -> Result:
+    """What `work(*args)` returns, on all ranks; it is done within `agreed`."""
+    with agreed():
+        return work(*args)
+
+
+def main_only(work: Callable[..., None]) -> Callable[..., None]:
+    """`work` on the rank that writes, nothing on the others."""
+    return work if is_main() else lambda *_: None
 
 
 def is_lost(error: Exception) -> bool:
