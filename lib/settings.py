@@ -239,6 +239,11 @@ class Settings(Options):
             given["epoch_start"] = 0  # as published, where a fresh start is told so
         return super().of(given)
 
+    def continued(self, given: Mapping[str, Any], run: object) -> Self:
+        """As `Options.continued`; a data set is the same by any of its names."""
+        name = DATASETS[given["data"]].name if given.get("data") else None
+        return super().continued({**given, "data": name}, run)
+
     @classmethod
     def chosen(cls, name: str, values: Mapping[str, Any]) -> object:
         return _default_of(DATASETS[values["data"]], name)

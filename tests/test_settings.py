@@ -184,6 +184,13 @@ def test_a_continued_run_keeps_its_settings():
         saved.continued(vars(parseArguments(["--resume", "run", "--lr", "0.25"])), "run")
 
 
+def test_a_continued_run_has_its_data_set_by_any_name():
+    saved = settings_from("acdc")
+    assert saved.continued({"data": "acdc17"}, "run") == saved
+    with pytest.raises(InputError, match="--data kits: the run run has acdc"):
+        saved.continued({"data": "kits19"}, "run")
+
+
 @dataclass(frozen=True, kw_only=True)
 class More(Settings):
     """One field, and nothing else, is a new flag."""
