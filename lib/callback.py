@@ -18,6 +18,7 @@ from lib.data.loading import Loader
 from lib.models.size import count_filters, summary
 from lib.pruning.surgery import prune
 from lib.system import distributed
+from lib.system.device import device_of
 from lib.system.error import InputError
 
 Callback = Callable[[TrainingState], None]
@@ -71,7 +72,7 @@ def _end_epoch_save_all_FMs(state: TrainingState, image: Tensor, every: int) -> 
         return
     folder = state.folder / "fms" / f"epoch-{state.epoch:04}"
     folder.mkdir(parents=True, exist_ok=True)
-    image = image.to(next(state.model.parameters()).device)
+    image = image.to(device_of(state.model))
     n_bytes = 0
     for name, maps in state.model.eval().forward_saveFMs(image).items():
         array = maps[0].clamp(-65504, 65504).half().cpu().numpy()  # the largest float16

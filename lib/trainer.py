@@ -16,6 +16,7 @@ from lib.data.loading import Loader
 from lib.loss import DS_CrossEntropyDiceLoss
 from lib.models.Sauron import Measured
 from lib.system import distributed
+from lib.system.device import device_of
 from lib.system.error import InputError
 from lib.system.process import check_stopped
 
@@ -38,8 +39,7 @@ def fit(
     amp: bool = False,
 ) -> None:
     """Train from the epoch after `state.epoch` to `epochs`; `amp` lets the network compute in bfloat16 where that is
-    safe. Of several ranks all call each callback, with equal states, and end together where one of them fails or is
-    stopped.
+    safe. All ranks call each callback, with equal states; where one rank fails or is stopped, all end.
 
     Once the rule that prunes is done, nothing is left for the distance term to prepare: the segmentation loss alone
     trains the small network, and the learning rate starts anew for the epochs that are left.
@@ -80,8 +80,8 @@ def train_epoch(
 ) -> float:
     """One pass over the training set; returns the mean loss and leaves delta_prune of the last batch in the state.
 
-    A rank has its share of each batch. Losses and distances are means over patches, so their means over the ranks,
-    weighted by the shares, are those of the whole batch, and so are the gradients.
+    Each rank computes its part of the batch. Losses and distances are means over patches, so their means over the
+    ranks, weighted by the parts, are those of the whole batch, and so are the gradients.
     """
     state.model.train()
     network = distributed.parallel(state.model)
@@ -154,11 +154,11 @@ def compute_loss(
 def trial_step(
     model: nn.Module, criterion: nn.Module, batch_size: int, patch_size: tuple[int, ...]
 ) -> Callable[[bool], None]:
-    """What takes the time of a training step, of a copy of the model on a made-up batch (of several ranks: the share of
-    this one): the function takes `amp`, and changes nothing that a training uses."""
+    """What takes the time of a training step, of a copy of the model on a made-up batch (the part of this
+    rank): the function takes `amp`, and changes nothing that a training uses."""
     model, share = copy.deepcopy(model).train(), distributed.share(batch_size)
     shape = (share.stop - share.start, model.modalities, *patch_size)
-    device = next(model.parameters()).device
+    device = device_of(model)
     images = torch.randn(shape, generator=torch.Generator()).to(device)
     labels = (images[:, 0] > 0).long()
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import conv_flop_count
 
 from lib.models.nnUNet import IMAGE, nnUNet
+from lib.system.device import device_of
 
 
 def count_filters(model: nnUNet) -> dict[str, dict[str, int]]:
@@ -48,7 +49,7 @@ def resized(model: nnUNet, widths: dict[str, int], device: str | torch.device = 
 @torch.inference_mode()
 def milliseconds(model: nnUNet, patch_size: tuple[int, ...], n: int = 9) -> float:
     """Median time of a forward pass of one patch on the model's device, over `n` passes after two more."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     x, times = torch.zeros(1, model.modalities, *patch_size, device=device), []
     for _ in range(n + 2):
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from lib.models.nnUNet import nnUNet
 from lib.models.size import milliseconds, resized, summary
 from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept
 from lib.system import distributed
+from lib.system.device import device_of
 
 FIRST_TAU = 0.001
 Measured = dict[str, tuple[Tensor, int]]  # delta_prune by block: (C,) in [0, 1], and the reference r
@@ -213,7 +214,7 @@ class BudgetRule(Rule):
     def _measuring(self, model: nnUNet) -> Callable[[dict[str, int]], dict[str, float]]:
         """A function from widths to {"flops", "ms"}. It measures each network once: a second look at the clock might
         decide otherwise."""
-        device = next(model.parameters()).device
+        device = device_of(model)
 
         @cache
         def measured(widths: tuple[tuple[str, int], ...]) -> dict[str, float]:

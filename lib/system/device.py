@@ -15,7 +15,7 @@ ROUNDS, ENOUGH_S = 6, 2.0
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; of several ranks each takes a GPU of its own.
+    """`auto` takes CUDA, then MPS, then the CPU. Each rank takes a GPU of its own.
 
     Raises InputError for a device that is not here.
     """
@@ -25,7 +25,7 @@ def find_device(name: str) -> torch.device:
     if not alone and name == "cuda" and 0 < torch.cuda.device_count() <= distributed.local_rank():
         raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here; start as many processes on a machine")
     if not alone and name not in ("cuda", "cpu"):
-        raise InputError(f"--device {name}: of several processes each takes a GPU of its own; give cuda, or cpu")
+        raise InputError(f"--device {name}: each process takes a GPU of its own; give cuda, or cpu")
     if not alone and name == "cuda":
         name = f"cuda:{distributed.local_rank()}"
     try:
