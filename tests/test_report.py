@@ -20,17 +20,12 @@ from lib.data.loading import Loader
 from lib.experiments import report as module
 from lib.experiments.report import (
     command,
-    draw_dice,
-    draw_examples,
-    draw_filters,
-    draw_loss,
-    draw_size,
-    draw_time,
     main,
-    read_run,
     report,
 )
 from lib.experiments.report import report_training as report_at_the_end
+from lib.experiments.report_figures import draw_dice, draw_examples, draw_filters, draw_loss, draw_size, draw_time
+from lib.experiments.run import read_run
 from lib.models import load_model, nnUNet
 from lib.models.filters import format_filters
 from lib.models.size import count_filters, summary
@@ -399,7 +394,7 @@ def test_a_run_with_some_other_value_is_refused_or_reported(made_up, tmp_path, f
     except InputError as error:
         assert file in str(error)
         return
-    for draw in (module.draw_loss, module.draw_dice, module.draw_size, draw_time, draw_filters):
+    for draw in (draw_loss, draw_dice, draw_size, draw_time, draw_filters):
         with suppress(InputError):  # nothing was validated
             draw(found)
     module.page(found, {}, [])

@@ -8,7 +8,6 @@ are in feature_maps.json, and agreement.png shows the best map of every block an
 import argparse
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -20,26 +19,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.build import build_dataset
-from lib.checkpoint import newest_epoch
 from lib.data import patches
 from lib.data.loading import Loader
 from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
+from lib.experiments.run import Run
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
-from lib.settings import Settings
 from lib.system.cli import Parser, number, run_script
 from lib.system.error import InputError
 from lib.system.files import write_json
 from lib.system.process import check_stopped
-
-
-def newest_model(run: Path) -> Path:
-    """The file of a run's newest model. Raises InputError if there is none."""
-    epoch = newest_epoch(run)
-    if epoch is None:
-        raise InputError(f"{run}: has no model (models/model-E) yet; give it an epoch, with train.py --resume")
-    return run / "models" / f"model-{epoch}"
 
 
 def load_sauron(path: Path) -> Sauron:
@@ -191,16 +180,10 @@ def draw_agreement(best: dict[str, Tensor], names: tuple[str, ...], title: str) 
 @torch.no_grad()
 def feature_maps(args: argparse.Namespace) -> None:
     """Draw what `args` asks for. Raises InputError where run, subject or slice are not there."""
-    settings, _ = Settings.read(args.run)
-    path = newest_model(args.run)
+    run = Run(args.run)
+    path = run.newest_model
     model = load_sauron(path)
-    data = build_dataset(
-        replace(
-            settings,
-            data_path=args.data_path or settings.data_path,
-            cache_path=args.cache_path or settings.cache_path,
-        )
-    )
+    data = run.data(args.data_path, args.cache_path)
     subject, class_names = find_subject(data, args.subject), data.dataset.class_names
     image, labels, k, place = cut_patch(subject, data.patch_size, args.slice)
     found = {name: maps[0] for name, maps in model.forward_saveFMs(image).items()}
@@ -213,9 +196,8 @@ def feature_maps(args: argparse.Namespace) -> None:
     output = make_output(args.output or args.run / "feature_maps")
     best, content = {}, {}
     with matplotlib.rc_context(STYLE):
-        for name, maps in found.items():
-            if name.startswith("dec_Sequential"):
-                continue
+        for name in run.widths:
+            maps = found[name]
             dice = agreement(maps, labels, data.dataset.n_classes)
             best[name] = dice.amax(0)
             content[name] = [

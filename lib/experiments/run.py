@@ -1,13 +1,19 @@
-"""What a run folder says, read and checked in one place."""
+"""A run folder, read and checked in one place: all commands of lib.experiments ask `Run` about it."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.build import build_unpruned
+from lib.build import build_dataset, build_unpruned
+from lib.checkpoint import newest_epoch
+from lib.data.loading import Loader
+from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
 from lib.settings import Settings
 from lib.system.error import InputError
@@ -16,24 +22,95 @@ from lib.system.files import read_text
 PER_EPOCH = ("epoch", "train_loss", "val_loss", "val_dice", "seconds", "parameters", "flops", "filters")
 
 
-@dataclass(frozen=True)
 class Run:
-    """What the files of a run say; blocks are those that can be pruned, in the order of the forward pass."""
+    """What the files of a run say. Each is read when it is first asked for, which raises InputError if it is missing or
+    broken. Blocks are those that can be pruned, in the order of the forward pass."""
 
-    folder: Path
-    settings: Settings
-    facts: dict  # what else config.json says: command, machine, versions, ...
-    history: dict[str, list]  # of history.json: a value per epoch
-    scores: dict[str, list[float | None]]  # of the newest validation: Dice per class, by subject; may be empty
-    scores_epoch: int | None  # of that validation
-    widths: dict[str, int]  # filters of each block without pruning
-    filters: np.ndarray  # (blocks, epochs)
-    tau: np.ndarray  # (blocks, epochs): the thresholds, NaN where not known; (blocks, 0) without pruning
-    unpruned: dict[str, int]  # parameters, flops and filters of the network without pruning
+    def __init__(self, folder: Path):
+        """Raises InputError if this is no run folder."""
+        self.folder = folder
+        self.settings, self.facts = Settings.read(folder)  # facts: command, machine, versions, ...
+
+    @property
+    def name(self) -> str:
+        """Of the folder, whatever path leads to it."""
+        return self.folder.resolve().name
+
+    @property
+    def lambda_(self) -> float:
+        """The weight of the distances in the loss; 0 where they are no part of it."""
+        return self.settings.lambda_ if self.settings.loss.endswith("_Distance") else 0
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.settings.dataset.class_names
+
+    @cached_property
+    def history(self) -> dict[str, list]:
+        """history.json: a value per epoch, of at least one epoch."""
+        file = self.folder / "history.json"
+        if not file.exists():
+            raise InputError(
+                f"{self.folder}: has no finished epoch (no history.json), so there is nothing to report yet"
+            )
+        with _reading(file):
+            history = json.loads(read_text(file))
+            _check_history(history, self.settings.n_classes)
+            return history
+
+    @cached_property
+    def _network(self) -> nnUNet:
+        """Without pruning, and without values of its weights."""
+        with _reading(self.folder / "config.json"), torch.device("meta"):
+            return build_unpruned(self.settings)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Filters of each block without pruning."""
+        return {block.name: block.out_filters for block in self._network.blocks() if not block.head}
+
+    @cached_property
+    def unpruned(self) -> dict[str, int]:
+        """Parameters, flops and filters of the network without pruning."""
+        return summary(self._network, self.settings.patch_size)
+
+    @cached_property
+    def tau(self) -> np.ndarray:
+        """(blocks, epochs): the thresholds, NaN where not known; (blocks, 0) without pruning."""
+        with _reading(self.folder / "history.json"):
+            tau = [[row[name] for row in self.history.get("tau", [])] for name in self.widths]
+            if not all(value is None or _is_number(value) for values in tau for value in values):
+                raise ValueError("a threshold is no number")
+            return np.array(tau, dtype=float)
+
+    @cached_property
+    def filters(self) -> np.ndarray:
+        """(blocks, epochs)"""
+        file, n = self.folder / "out_filters", len(self.history["epoch"])
+        with _reading(file):
+            names, *lines = (line.split("\t") for line in read_text(file).splitlines())
+            return np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in self.widths])
+
+    @cached_property
+    def _validation(self) -> tuple[int | None, dict[str, list[float | None]]]:
+        """The epoch of the newest validation, and its Dice."""
+        file = self.folder / "validation_scores.json"
+        with _reading(file):
+            validated = json.loads(read_text(file))
+            epoch = max(map(int, validated), default=None)
+            scores = validated[str(epoch)]["dice"] if validated else {}
+            for dice in scores.values():
+                _check_dice(dice, self.settings.n_classes)
+            return epoch, scores
+
+    @property
+    def scores(self) -> dict[str, list[float | None]]:
+        """Of the newest validation: Dice per class, by subject; empty without a validation."""
+        return self._validation[1]
+
+    @property
+    def scores_epoch(self) -> int | None:
+        return self._validation[0]
 
     @property
     def met(self) -> int | None:
@@ -43,51 +120,67 @@ class Run:
 
     @property
     def best(self) -> int | None:
-        """The epoch of models/model-best: that of the lowest validation loss, the first of equals; of those after the
-        budget was met, if one of them was validated. None without a validation."""
+        """The epoch of models/model-best: the first of the lowest validation loss. Where epochs were validated after
+        the budget was met, it is one of them. None without a validation."""
         validated = zip(self.history["epoch"], self.history["val_loss"], self.history["val_dice"], strict=True)
         losses = {e: v for e, v, dice in validated if dice is not None}  # a published run's epochs have no Dice here
         fit = {e: v for e, v in losses.items() if self.met is not None and e > self.met} or losses
         return min(fit, key=fit.get, default=None)
 
+    @property
+    def newest_model(self) -> Path:
+        """The file. Raises InputError if there is none."""
+        epoch = newest_epoch(self.folder)
+        if epoch is None:
+            raise InputError(
+                f"{self.folder}: has no model (models/model-E) yet; give it an epoch, with train.py --resume"
+            )
+        return self.folder / "models" / f"model-{epoch}"
+
+    @property
+    def saved_maps(self) -> dict[int, Path]:
+        """The folders of saved feature maps by epoch, oldest first; empty without --save_fms."""
+        return {int(path.name.removeprefix("epoch-")): path for path in sorted(self.folder.glob("fms/epoch-*"))}
+
+    def data(self, data_path: str | None = None, cache_path: str | None = None, write: bool = True) -> Loader:
+        """The data set with the split of the training; the paths are those of the training by default.
+
+        Raises InputError if it is not there; without `write` also where a built-in data set would be written anew.
+        """
+        data_path = data_path or self.settings.data_path
+        places = self.settings.dataset.folders(data_path)
+        if not write and not any(map(Path.is_dir, places)):
+            raise InputError(f"the data are not in {places[0]} any more; name their folder with --data_path")
+        cache_path = cache_path or self.settings.cache_path
+        return build_dataset(replace(self.settings, data_path=data_path, cache_path=cache_path))
+
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder with at least one finished epoch. Raises InputError if it is none, or a file is broken."""
-    settings, facts = Settings.read(folder)
-    if not (folder / "history.json").exists():
-        raise InputError(f"{folder}: has no finished epoch (no history.json), so there is nothing to report yet")
-    file = folder / "config.json"
+    """All that a run with a finished epoch says. Raises InputError if it has none, or a file is broken."""
+    run = Run(folder)
+    for name in ("history", "unpruned", "tau", "filters", "scores"):
+        getattr(run, name)
+    return run
+
+
+def mean_foreground(dice: list[float | None] | None) -> float | None:
+    """The mean of what is known of the classes but the background."""
+    known = [d for d in (dice or [None])[1:] if d is not None]
+    return sum(known) / len(known) if known else None
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise InputError where the content of `file` is not as expected."""
     try:
-        with torch.device("meta"):
-            model = build_unpruned(settings)
-        widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
-        unpruned = summary(model, settings.patch_size)
-        file = folder / "history.json"
-        history = json.loads(read_text(file))
-        n_classes = settings.n_classes
-        _check_history(history, n_classes)
-        n = len(history["epoch"])
-        tau = [[row[name] for row in history.get("tau", [])] for name in widths]
-        if not all(value is None or _is_number(value) for values in tau for value in values):
-            raise ValueError("a threshold is no number")
-        tau = np.array(tau, dtype=float)
-        file = folder / "out_filters"
-        names, *lines = (line.split("\t") for line in read_text(file).splitlines())
-        filters = np.array([[int(line[names.index(name)]) for line in lines[:n]] for name in widths])
-        file = folder / "validation_scores.json"
-        validated = json.loads(read_text(file))
-        newest = max(map(int, validated), default=None)
-        scores = validated[str(newest)]["dice"] if validated else {}
-        for dice in scores.values():
-            _check_dice(dice, n_classes)
+        yield
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{file}: is broken ({type(error).__name__}: {error}); mend it or train again") from error
-    return Run(folder, settings, facts, history, scores, newest, widths, filters, tau, unpruned)
 
 
 def _check_history(history: dict[str, list], n_classes: int) -> None:
     """Raise ValueError (or TypeError) unless the quantities have one value of their kind per epoch."""
-    n = len(history["epoch"])
+    n, ms = len(history["epoch"]), history.get("ms", [])
     if n == 0 or any(len(history[key]) != n for key in PER_EPOCH):
         raise ValueError("not one value per epoch")
     for key in ("epoch", "parameters", "flops", "filters"):
@@ -105,7 +198,6 @@ def _check_history(history: dict[str, list], n_classes: int) -> None:
             _check_dice(dice, n_classes)
     if not all(type(value) is bool for value in history.get("budget_met", [])):
         raise ValueError("budget_met is neither true nor false")
-    ms = history.get("ms", [])
     if len(ms) not in (0, n) or not all(value is None or _is_number(value) for value in ms):
         raise ValueError("ms is no number")
 
@@ -117,9 +209,3 @@ def _check_dice(dice: list[float | None], n_classes: int) -> None:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e15
-
-
-def mean_foreground(dice: list[float | None] | None) -> float | None:
-    """The mean of what is known of the classes but the background."""
-    known = [d for d in (dice or [None])[1:] if d is not None]
-    return sum(known) / len(known) if known else None
