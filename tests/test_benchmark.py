@@ -1,8 +1,6 @@
-"""The benchmark from the command line, on a small phantom, and the arithmetic of its table."""
+"""The benchmark from the command line, on a small phantom."""
 
-import copy
 import json
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +13,13 @@ import train
 from lib import checkpoint
 from lib.data import DATASETS
 from lib.experiments import benchmark
+from lib.experiments import benchmark_networks as networks
 from lib.models import load_model, nnUNet
 from lib.models.size import summary
-from lib.pruning.surgery import prune
 from lib.system.error import InputError
 
 needs_torch_pruning = pytest.mark.skipif(
-    benchmark.torch_pruning is None, reason=f"needs pip install {benchmark.TORCH_PRUNING}"
+    networks.torch_pruning is None, reason=f"needs pip install {networks.TORCH_PRUNING}"
 )
 ROWS = [
     "Sauron",
@@ -171,7 +169,7 @@ def test_what_is_finished_is_timed_on_another_device(finished, arguments, monkey
     before = json.loads((finished.folder / "table.json").read_text())["rows"]
     for script in (benchmark.train, benchmark.predict, benchmark.evaluate):
         monkeypatch.setattr(script, "main", lambda argv: pytest.fail(f"done already: {argv}"))
-    monkeypatch.setattr(benchmark, "torch_pruning", None)  # which has done its part
+    monkeypatch.setattr(networks, "torch_pruning", None)  # which has done its part
     with other_config(run_of(finished, "nnunet-half"), device="cuda", machine="x86_64, 3 cores, 3 threads, A-GPU"):
         assert benchmark.main([*arguments, "--device", "cpu:0"]) == 0
     table = json.loads((finished.folder / "table.json").read_text())
@@ -196,11 +194,23 @@ def test_results_are_those_of_the_present_model(finished, arguments):
         spoil()
         results.write_text('{"of": "another model"}')
         stray.write_text("of another model")
-        assert benchmark.evaluate_row(plan, "nnunet", 1) == expected
+        assert benchmark.evaluate_row(plan, plan.task("nnunet", 1)) == expected
         assert json.loads(results.read_text()) == expected and not stray.exists()
     results.write_text('{"of": "this model"}')
-    assert benchmark.evaluate_row(plan, "nnunet", 1) == {"of": "this model"}
+    assert benchmark.evaluate_row(plan, plan.task("nnunet", 1)) == {"of": "this model"}
     results.write_text(json.dumps(expected))
+
+
+@needs_torch_pruning
+def test_a_broken_file_is_named_in_one_line(finished, arguments, capsys):
+    for file in (finished.folder / "results" / "sauron-1.json", finished.folder / "pruned" / "nnunet-pruned-1.json"):
+        content = file.read_text()
+        file.write_text(content[:-5])
+        try:
+            assert benchmark.main(arguments) == 2
+        finally:
+            file.write_text(content)
+        assert f"error: {file}: cannot be used (" in capsys.readouterr().err.splitlines()[-1]
 
 
 @needs_torch_pruning
@@ -220,13 +230,13 @@ def test_rows_of_the_earlier_scheme_are_refused(finished, arguments, capsys):
 @pytest.mark.parametrize("row", ["nnunet-widths", "nnunet-flat", "nnunet-pruned"])
 def test_rows_like_another_network_of_sauron_are_refused(finished, arguments, row, capsys):
     plan = benchmark.make_plan(benchmark.parse_arguments(arguments))
-    benchmark.check_likeness(plan, row, 1)
+    benchmark.check_likeness(plan, plan.task(row, 1))
     models = run_of(finished, "sauron") / "models"
     saved = {name: (models / name).read_bytes() for name in ("model-3", "SHA256SUMS")}
     checkpoint.save_model(models / "model-3", nnUNet(1, 4, 8, 3))
     try:
         with pytest.raises(InputError, match=f"{row}-1: was made like another network than that of sauron-1"):
-            benchmark.check_likeness(plan, row, 1)
+            benchmark.check_likeness(plan, plan.task(row, 1))
     finally:
         for name, data in saved.items():
             (models / name).write_bytes(data)
@@ -261,7 +271,7 @@ def test_other_settings_are_refused(finished, arguments, more, message, capsys):
 
 def test_without_torch_pruning_nothing_starts_but_what_does_without(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "torch_pruning", None)
+    monkeypatch.setattr(networks, "torch_pruning", None)
     for rows, others in (([], " ".join(KEYS[:-1])), (["--rows", "nnunet-pruned"], "sauron nnunet")):
         assert benchmark.main(["--data", "phantom", "--output", str(tmp_path / "out"), *rows]) == 2
         error = capsys.readouterr().err
@@ -282,167 +292,6 @@ def test_one_epoch_has_no_two_halves(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("kinds", "budgets", "expected"),
-    [
-        (benchmark.ROWS, [], [*KEYS[:-1], "nnunet-half", KEYS[-1]]),
-        (["nnunet"], [], ["nnunet"]),
-        (["sauron-random"], [], ["sauron-random", "nnunet"]),
-        (["nnunet-flat"], [], ["sauron", "nnunet", "nnunet-flat"]),
-        (["nnunet-pruned"], [], ["sauron", "nnunet", "nnunet-half", "nnunet-pruned"]),
-        (["nnunet-widths"], ["20%", "20%", "2G"], "nnunet sauron@20pct nnunet-widths@20pct sauron@2G nnunet-widths@2G"),
-        (
-            benchmark.ROWS,
-            ["20%"],
-            "nnunet nnunet-half sauron@20pct sauron-random@20pct nnunet-widths@20pct nnunet-flat@20pct "
-            "nnunet-pruned@20pct",
-        ),
-    ],
-)
-def test_rows_bring_what_they_need(kinds, budgets, expected):
-    expected = expected.split() if isinstance(expected, str) else expected
-    assert list(benchmark.rows_to_train(kinds, budgets)) == expected
-
-
-def literal_keep(model, n):
-    """{block: filters that stay} when the n least important go: the formula of the docstring, written out."""
-    blocks, scores = model.blocks(), defaultdict(list)
-    widths = {"image": model.modalities} | {block.name: block.out_filters for block in blocks}
-    for block in blocks:
-        weight = block.conv.weight.detach()
-        if block.transposed:
-            weight = weight.transpose(0, 1)
-        if not block.head:
-            scores[block.name].append(weight.pow(2).flatten(1).sum(1))
-        offset = 0
-        for parent in block.parents:
-            part = weight[:, offset : offset + widths[parent]].transpose(0, 1)
-            scores[parent].append(part.pow(2).flatten(1).sum(1))
-            offset += widths[parent]
-    del scores["image"]
-    ranking = []
-    for name, layers in scores.items():
-        score = torch.stack(layers).mean(0)
-        ranking += sorted((s, name, c) for c, s in enumerate((score / score.mean()).tolist()))[:-1]
-    gone = {(name, c) for _, name, c in sorted(ranking)[:n]}
-    return {name: torch.tensor([c for c in range(widths[name]) if (name, c) not in gone]) for name in scores}
-
-
-@needs_torch_pruning
-@pytest.mark.parametrize(("dim", "patch_size"), [("2D", (64, 64)), ("3D", (16, 32, 16))])
-@pytest.mark.parametrize("share", [1.0, 0.6, 0.15])
-def test_magnitude_pruning_hits_the_flops(dim, patch_size, share, tmp_path):
-    torch.manual_seed(3)
-    model = nnUNet(1, 4, 12, 4, dim=dim)
-    model.initialize()
-    before, copied = summary(model, patch_size), copy.deepcopy(model)
-    target = int(share * before["flops"])
-    benchmark.prune_by_magnitude(model, target, patch_size)
-    checkpoint.save_model(tmp_path / "model", model)
-    loaded = load_model(tmp_path / "model")
-    after = summary(loaded, patch_size)
-    assert after["flops"] == pytest.approx(target, rel=0.02)
-    assert (loaded.n_classes, loaded.modalities, loaded.levels) == (4, 1, 4)
-    # our own surgery on the filters that the formula chooses gives the same weights
-    prune(copied, None, literal_keep(copied, before["filters"] - after["filters"]))
-    expected, found = copied.state_dict(), loaded.state_dict()
-    assert list(expected) == list(found)
-    assert all(value.equal(found[key]) for key, value in expected.items())
-
-
-@needs_torch_pruning
-def test_magnitude_pruning_keeps_a_filter_in_every_block():
-    model = nnUNet(1, 4, 4, 3)
-    model.initialize()
-    benchmark.prune_by_magnitude(model, 0, (32, 32))
-    assert [block.out_filters for block in model.blocks() if not block.head] == [1] * 12
-    assert model(torch.zeros(1, 1, 32, 32))[0].shape == (1, 4, 32, 32)
-
-
-@pytest.mark.parametrize(("flops", "size"), [(0, 1), (1, 1), (2, 1), (3, 2), (30, 5), (31, 6), (1000, 6)])
-def test_the_nearest_size(flops, size):
-    assert benchmark.nearest(range(1, 7), lambda n: n * n, flops) == size  # of 1, 4, 9, 16, 25 and 36
-
-
-def test_mean_and_standard_deviation():
-    assert benchmark.spread([0.8, 0.9, 1.0]) == pytest.approx({"mean": 0.9, "sd": 0.1})
-    assert benchmark.spread([2.0, None]) == {"mean": 2.0, "sd": None}
-    assert benchmark.spread([None]) == {"mean": None, "sd": None}
-
-
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [
-        ([1, 2, 3, 4, 5], 2 / 32),  # of 32 signs, these and their mirror image are the most extreme
-        ([1, 2, 3, -4], 2 * 7 / 16),  # 7 of 16 have a negative rank sum of at most 4
-        ([0, 0], None),
-        ([], None),
-    ],
-)
-def test_wilcoxon_by_hand(differences, p):
-    assert benchmark.wilcoxon_p([float(d) for d in differences]) == (None if p is None else pytest.approx(p))
-
-
-def results(*dice):
-    """As evaluate.py: Dice of two foreground classes by subject, and averages made up for the test."""
-    subjects = {f"s{i}": {"dice": [1.0, *values]} for i, values in enumerate(dice)}
-    return subjects | {"average": {"dice": [1.0, *dice[0]], "HD95": [None, 3.0, None]}, "n": {}}
-
-
-def test_a_row_by_hand():
-    seeds = [results([0.8, 0.6], [0.5, None]), results([0.6, 0.2], [None, None])]
-    by_seed = {1: seeds[0], 2: seeds[1]}
-    assert benchmark.subject_dice(seeds) == pytest.approx({"s0": (0.7 + 0.4) / 2, "s1": 0.5})
-    sizes = [
-        {"parameters": 2e6, "flops": 4e9, "bytes": 8e6, "training_seconds": 90.0, "inference_seconds": 0.5},
-        {"parameters": 1e6, "flops": 2e9, "bytes": 4e6, "training_seconds": 30.0, "inference_seconds": 0.1},
-    ]
-    row = benchmark.make_row("ours", by_seed, sizes, by_seed, ("background", "a", "b"))
-    assert row["seeds"] == [1, 2] and row["wilcoxon_p"] is None
-    assert row["dice"]["a"] == pytest.approx({"mean": 0.7, "sd": 0.02**0.5})
-    assert row["dice"]["mean foreground"] == pytest.approx({"mean": 0.55, "sd": 0.045**0.5})
-    assert row["HD95"]["a"] == {"mean": 3.0, "sd": 0.0}
-    assert row["HD95"]["b"] == {"mean": None, "sd": None}
-    assert row["training_seconds"] == pytest.approx({"mean": 60.0, "sd": 1800**0.5})
-    assert row["by_seed"]["flops"] == [4e9, 2e9]
-    line = benchmark.format_table([row], row | {"flops": {"mean": 12e9}}).splitlines()[2]
-    assert line == (
-        "| ours | 0.700 ± 0.141 | 0.400 ± 0.283 | 0.550 ± 0.212 | 3.00 ± 0.00 | - | 3.00 ± 0.00 | "
-        "1.500 ± 0.707 (100%) | 3.000 ± 1.414 (25%) | 6.00 ± 2.83 | 1.0 ± 0.7 | 0.300 ± 0.283 | - | "
-        "+0.000 [+0.000, +0.000] |"
-    )
-
-
-def images(*dice):
-    """As evaluate.py, of one seed: patients of two images each."""
-    return {f"p{i // 2 + 1}_{i % 2}": {"dice": [1.0, d]} for i, d in enumerate(dice)}
-
-
-def test_differences_are_paired_by_patient():
-    ours, theirs = {1: images(0.8, 0.6, 0.5, 0.7)}, {1: images(0.6, 0.6, 0.4, None)}
-    differences = benchmark.paired_differences(ours, theirs)
-    assert differences == pytest.approx([0.7 - 0.6, 0.6 - 0.4])
-    found = benchmark.mean_difference(differences)
-    # t(0.975, 1) = 12.706, sd = 0.0707, so 12.706 * 0.05
-    assert found == pytest.approx({"mean": 0.15, "low": 0.15 - 0.6353, "high": 0.15 + 0.6353, "n": 2}, abs=1e-4)
-    assert benchmark.format_difference(found) == "+0.150 [-0.485, +0.785]"
-    one = benchmark.paired_differences({1: images(1, 1, None, None)}, {1: images(0.5, 1, 1, 1)})
-    assert benchmark.format_difference(benchmark.mean_difference(one)) == "+0.250"
-
-
-def test_p_counts_patients_not_images():
-    differences = benchmark.paired_differences({1: images(*[0.9, 0.8] * 5)}, {1: images(*[0.1, 0.2] * 5)})
-    assert len(differences) == 5
-    assert benchmark.wilcoxon_p(differences) == pytest.approx(2 / 32)
-
-
-def test_only_common_seeds_are_compared():
-    ours, theirs = {1: images(0.5, 0.5), 2: images(0.9, 0.9)}, {2: images(0.8, 0.8), 3: images(0.1, 0.1)}
-    assert benchmark.paired_differences(ours, theirs) == pytest.approx([0.1])
-    assert benchmark.paired_differences(ours, {3: images(0.1, 0.1)}) == []
-    assert benchmark.mean_difference([]) == {"mean": None, "low": None, "high": None, "n": 0}
-
-
 @needs_torch_pruning
 def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments, tmp_path, monkeypatch):
     cut = arguments.index("--")
@@ -450,7 +299,7 @@ def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments,
     argv += ["--partitions", "test", "validation"]
     small = [*arguments[cut:], "--prune_between", "0%", "50%", "--min_filters", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(benchmark, "torch_pruning", None)
+        patch.setattr(networks, "torch_pruning", None)
         assert benchmark.main([*argv, "--rows", "nnunet-flat", "--budgets", "70%", *small]) == 0
     assert benchmark.main([*argv, "--rows", "nnunet-pruned", "sauron-random", "--budgets", "90%", *small]) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -475,15 +324,3 @@ def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments,
     }
     assert len(list((tmp_path / "out" / "predictions" / "nnunet-1").glob("*.nii.gz"))) == table["subjects"]
     assert (tmp_path / "out" / "dice_flops.png").stat().st_size > 10_000
-
-
-def test_the_partition_is_one_with_ground_truth():
-    def data(**files):
-        labels = {part: [SimpleNamespace(label=label) for label in files.get(part, [])] for part in DATA}
-        return SimpleNamespace(dataset=SimpleNamespace(name="kits"), files=labels.get)
-
-    DATA = ("test", "validation")  # noqa: N806
-    assert benchmark.choose_partition(data(test=["a"], validation=["b"])) == "test"
-    assert benchmark.choose_partition(data(test=[None], validation=["b"])) == "validation"
-    with pytest.raises(InputError, match="--split"):
-        benchmark.choose_partition(data(test=[None]))

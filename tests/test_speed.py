@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from lib.experiments import speed
+from lib.experiments import speed, speed_parts
 from lib.experiments.speed import main
 
 SMALL = ["--patch_size", "32", "32", "--fms_init", "4", "--levels", "3"]
@@ -51,14 +51,14 @@ def test_it_runs_and_prints_ratios(command, phantom, capsys):
 def test_busy_compares_openmps_own_waiting_with_ours(monkeypatch, capsys):
     """The time of a step is made up, the busy processes are not."""
     running, started = [], subprocess.Popen
-    monkeypatch.setattr(speed.subprocess, "Popen", lambda *args: running.append(started(*args)) or running[-1])
+    monkeypatch.setattr(speed_parts.subprocess, "Popen", lambda *args: running.append(started(*args)) or running[-1])
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
     def made_up(policy, _args):
         assert all(process.poll() is None for process in running)
         return {None: 0.4, "PASSIVE": 0.1}[policy.get("OMP_WAIT_POLICY")] * (1 + len(running))
 
-    monkeypatch.setattr(speed, "in_new_process", made_up)
+    monkeypatch.setattr(speed_parts, "in_new_process", made_up)
     monkeypatch.setattr(speed, "_n_cores", lambda: 3)
     assert main(["busy", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
@@ -73,10 +73,18 @@ def test_a_step_is_timed_in_a_process_whose_threads_wait_as_openmp_lets_them(mon
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     told, run = [], subprocess.run
-    monkeypatch.setattr(speed.subprocess, "run", lambda *args, **how: told.append(run(*args, **how)) or told[-1])
+    monkeypatch.setattr(speed_parts.subprocess, "run", lambda *args, **how: told.append(run(*args, **how)) or told[-1])
     settings = {"device": "cpu", "data": "phantom", "threads": 1, "fms_init": 4, "levels": 3, "batch_size": 2}
     args = argparse.Namespace(**settings, steps=1, patch_size=(32, 32))
-    assert 0 < speed.in_new_process({}, args) < 300
+    assert 0 < speed_parts.in_new_process({}, args) < 300
     if "GOMP_SPINCOUNT" not in told[0].stderr:
         pytest.skip("this is not GNU's OpenMP")
     assert "GOMP_SPINCOUNT = '300000'" in told[0].stderr
+
+
+@pytest.mark.parametrize("command", ["step", "epoch", "predict", "busy"])
+def test_a_patch_that_fits_no_network_is_refused(command, phantom, capsys):
+    folders = ["--data_path", str(phantom / "data"), "--cache_path", str(phantom / "cache")]
+    assert main([command, *folders, "--patch_size", "33", "33", "--levels", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--patch_size 33 33" in error
