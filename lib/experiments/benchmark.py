@@ -28,7 +28,7 @@ from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
 from lib.experiments.benchmark_table import make_row, mean_difference, paired_differences, write_table
-from lib.inference import default_batch_size, predict_volume
+from lib.inference import Predictor
 from lib.models import load_model
 from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
@@ -197,19 +197,19 @@ def evaluate_row(plan: Plan, task: Task) -> dict:
 def inference_seconds(
     models: list[nnUNet], volumes: list[Tensor], patch_size: tuple[int, ...], tta: bool = True
 ) -> list[float]:
-    """Median seconds of `predict_volume`, with `tta` all mirrorings, over the volumes (modalities, X, Y, Z), by model.
+    """Median seconds of `Predictor.volume` over the volumes (modalities, X, Y, Z), by model; `tta`: all mirrorings.
 
     Each volume goes through all models one after another, so that other load on the machine meets all of them.
     """
-    batch_size = default_batch_size(f"{len(patch_size)}D", next(models[0].parameters()).device)  # as predict.py
+    predictors = [Predictor(model, patch_size, mirror=tta) for model in models]
     warm_up = torch.zeros(len(volumes[0]), *patch_size, *[1] * (3 - len(patch_size)))
-    for model in models:
-        predict_volume(model, warm_up, patch_size, tta, batch_size=batch_size)
+    for predictor in predictors:
+        predictor.volume(warm_up)
     seconds = [[] for _ in models]
     for volume in tqdm(volumes, desc="inference time", unit="volume"):
-        for model, values in zip(models, seconds, strict=True):
+        for predictor, values in zip(predictors, seconds, strict=True):
             start = time.perf_counter()
-            predict_volume(model, volume, patch_size, tta, batch_size=batch_size)
+            predictor.volume(volume)
             values.append(time.perf_counter() - start)
     return [median(values) for values in seconds]
 

@@ -1,8 +1,4 @@
-"""How fast the parts are, as ratios of two things that are measured in turn.
-
-Every line gives the median and the range over the repeats. CPU seconds are counted where there is one thread, the wall
-clock's elsewhere, and by busy.
-"""
+"""How fast the parts are, as ratios of two things that are measured in turn: `python -m lib.experiments.speed`."""
 
 import argparse
 import itertools
@@ -40,13 +36,28 @@ from lib.system.device import find_device
 from lib.system.process import keep_freed_memory
 from lib.trainer import compute_loss, train_epoch
 
+ABOUT = """\
+How fast the parts are, as ratios of two things that are measured in turn. Every line gives the median and the range
+over the repeats. CPU seconds are counted where there is one thread, the wall clock's elsewhere, and by busy.
+"""
+TEXTS = {
+    "step": "a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet",
+    "epoch": "an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data",
+    "data": "augmented patches from torchio's own chain over ours",
+    "predict": "predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at "
+    "a time",
+    "evaluate": "metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory",
+    "busy": "a training step whose threads wait for one another as OpenMP lets them by default over one whose threads "
+    "wait as ours do (see lib/__init__.py), on the quiet machine, and beside as many busy "
+    "processes as there are cores",
+}  # by command; no docstrings, which -OO takes away
+
 
 def load(args: argparse.Namespace, **settings) -> Loader:
     return Loader(DATASETS[args.data], args.data_path, args.cache_path, patch_size=args.patch_size, **settings)
 
 
 def step(args: argparse.Namespace) -> None:
-    """A training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet."""
     if args.device.type == "cpu":
         keep_freed_memory()  # as train.py
     batch, distances = parts.made_up_batch(args), DS_CrossEntropyDiceLoss_Distance()
@@ -75,7 +86,6 @@ def step(args: argparse.Namespace) -> None:
 
 
 def epoch(args: argparse.Namespace) -> None:
-    """An epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data."""
     if args.device.type == "cpu":
         keep_freed_memory()  # as train.py
     data = load(args, batch_size=args.batch_size, num_workers=args.num_workers)
@@ -102,7 +112,6 @@ def epoch(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    """Augmented patches from torchio's own chain over ours."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(args.threads)
     loader = load(args)
     loader.prepare(["train"])
@@ -127,7 +136,6 @@ def data(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at a time."""
     large = parts.build(nnUNet, args).eval()
     small, loader = parts.cut_down(large, args), load(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +168,6 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory."""
     truth = args.label or Loader(DATASETS["phantom"], args.data_path, args.cache_path).files("test")[0].label
     with tempfile.TemporaryDirectory() as folder:
         prediction, original = Path(folder, "prediction.nii.gz"), read(truth)
@@ -190,9 +197,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def busy(args: argparse.Namespace) -> None:
-    """A training step whose threads wait for one another as OpenMP lets them by default over one whose threads wait as
-    ours do (see lib/__init__.py), on the quiet machine, and beside as many busy processes as there are cores.
-    """
     parts.build(Sauron, args)  # a size that fits no network is refused here, and not in a process of its own
     policies = {
         "OpenMP's own waiting": {},
@@ -237,12 +241,12 @@ OF_ALL |= {"patch_size": None}
 def measure(argv: list[str] | None) -> None:
     parser = Parser(
         "python -m lib.experiments.speed",
-        description=__doc__,
+        description=ABOUT,
         epilog="`python -m lib.experiments.speed step --help` lists the arguments of step, and so on.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for run, own in COMMANDS.items():
-        about = {"help": run.__doc__, "description": run.__doc__}
+        about = {"help": TEXTS[run.__name__], "description": TEXTS[run.__name__]}
         command = commands.add_parser(run.__name__, **about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         defaults = {**OF_ALL, **own}

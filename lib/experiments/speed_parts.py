@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lib.data import DATASETS
 from lib.data.loading import Loader
 from lib.experiments import baselines
-from lib.inference import default_batch_size, predict_volume
+from lib.inference import Predictor
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Sauron
@@ -152,11 +152,11 @@ def timed_prediction(side: str, args: argparse.Namespace, volumes: list[np.ndarr
     if ours and args.device.type == "cpu":
         keep_freed_memory()
     model = (model if ours else baselines.with_torchs_norm(model)).eval()
-    batch_size = default_batch_size(model.dim, args.device) if ours else 1
+    predictor = Predictor(model, args.patch_size, batch_size=None if ours else 1)
 
     def predict_all() -> None:
         for volume in map(torch.from_numpy, volumes):
-            labels.append(predict_volume(model, volume, args.patch_size, True, batch_size).argmax(0).flatten())
+            labels.append(predictor.volume(volume).argmax(0).flatten())
 
     return timed(predict_all, args.device)(), torch.cat(labels).byte().numpy()
 
