@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Tiny2D, Tiny3D, write_case
+from tiny import Tiny2D, Tiny3D, write_case, write_cases
 
 from lib.data import cache
 from lib.data.BaseDataset import Preprocessing
@@ -18,10 +18,7 @@ from lib.system.error import InputError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    for case in range(10):
-        write_case(root, case, shape=(9 + case % 3, 14, 11 + case % 2))
-    return root
+    return write_cases(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

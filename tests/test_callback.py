@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
+from epoch import made_up_state, row
 
 from lib.callback import (
     _end_epoch_log,
@@ -16,10 +17,7 @@ from lib.callback import (
     fixed_image,
     tensorboard,
 )
-from lib.checkpoint import TrainingState
-from lib.models import Sauron
 from lib.models.BaseModel import read_state
-from lib.models.size import summary
 from lib.pruning.rules import Bounds, BudgetRule, PaperRule
 from lib.system.error import InputError
 
@@ -28,26 +26,7 @@ BOUNDS = Bounds(between=(0, 100), min_filters=1)
 
 @pytest.fixture
 def state(tmp_path):
-    (tmp_path / "models").mkdir()
-    torch.manual_seed(0)
-    model = Sauron(1, 3, 4, 3)
-    model.initialize()
-    lines = []
-    rule = PaperRule(0.3, 15, 1, 0.02, BOUNDS)
-    state = TrainingState(model, torch.optim.Adam(model.parameters()), tmp_path, lines.append, epoch=1, rule=rule)
-    state.lines = lines
-    state.unpruned = summary(model, (8, 8))
-    state.rows = [row(1.0, 1.0) | {"epoch": 1}]
-    state.delta_prune = {
-        block.name: (torch.ones(block.out_filters).index_fill(0, torch.tensor(0), 0), 0)
-        for block in model.blocks()
-        if not block.head
-    }
-    return state
-
-
-def row(train_loss, val_loss, dice=(0.9, 0.5, None)):
-    return {"train_loss": train_loss, "val_loss": val_loss, "val_dice": list(dice), "seconds": 2.0, "lr": 0.1}
+    return made_up_state(tmp_path, PaperRule(0.3, 15, 1, 0.02, BOUNDS))
 
 
 def test_the_best_model_is_that_of_the_lowest_validation_loss(state):

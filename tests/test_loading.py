@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
-from tiny import Tiny2D, Tiny3D, write_case
+from tiny import Tiny2D, Tiny3D, write_case, write_cases
 
 from lib.data import loading, patches, volumes
 from lib.data.loading import Loader
@@ -18,10 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    for case in range(10):
-        write_case(root, case, shape=(9 + case % 3, 14, 11 + case % 2))
-    return root
+    return write_cases(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from epoch import made_up_state, row
 
 import lib.callback
 from lib import checkpoint
@@ -31,25 +32,7 @@ BUDGET = {"max_flops": None, "max_ms": None, "patch_size": (8, 8), **BOUNDS, "be
 
 @pytest.fixture
 def state(tmp_path):
-    (tmp_path / "models").mkdir()
-    torch.manual_seed(0)
-    model = Sauron(1, 3, 4, 3)
-    model.initialize()
-    lines = []
-    state = TrainingState(model, torch.optim.Adam(model.parameters()), tmp_path, lines.append, epoch=1)
-    state.lines = lines
-    state.unpruned = summary(model, (8, 8))
-    state.rows = [row(1.0, 1.0) | {"epoch": 1}]
-    state.delta_prune = {
-        block.name: (torch.ones(block.out_filters).index_fill(0, torch.tensor(0), 0), 0)
-        for block in model.blocks()
-        if not block.head
-    }
-    return state
-
-
-def row(train_loss, val_loss, dice=(0.9, 0.5, None)):
-    return {"train_loss": train_loss, "val_loss": val_loss, "val_dice": list(dice), "seconds": 2.0, "lr": 0.1}
+    return made_up_state(tmp_path)
 
 
 def by_the_papers_rule(state, tau_max, kappa, rho, mu, validates=True, **bounds):

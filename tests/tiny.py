@@ -51,3 +51,10 @@ def write_case(root: Path, case: int, shape=(9, 14, 11), spacing=(3.0, 2.0, 2.0)
     if label:
         truth = changes.get("truth", truth)
         nib.save(nib.Nifti1Image(truth, changes.get("affine", affine)), folder / "label.nii.gz")
+
+
+def write_cases(root):
+    """All ten, of different sizes; returns `root`."""
+    for case in range(10):
+        write_case(root, case, shape=(9 + case % 3, 14, 11 + case % 2))
+    return root
