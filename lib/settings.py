@@ -1,5 +1,6 @@
 """All settings of a training. A new one is one field of `Settings`: its flag, --help, config.json, the checks on
-reading that file, and what --resume may change follow from the field."""
+reading that file, and what --resume may change follow from the field. A field without a default has that of each data
+set; the usual one stands in `PUBLISHED` of lib/data/BaseDataset.py."""
 
 import json
 import os
