@@ -63,9 +63,10 @@ def predict(args: argparse.Namespace) -> None:
             tqdm.write(noted)
         if not args.probabilities:
             drop_probabilities(subject, record, args.overwrite)
-        for output in outputs_of(subject, args.output, args.probabilities):
-            is_labels = output.name == f"{subject}.nii.gz"
-            put(prediction.labels if is_labels else prediction.probabilities, prediction, output, record)
+        *others, labels = outputs_of(subject, args.output, args.probabilities)
+        for output in others:
+            put(prediction.probabilities, prediction, output, record)
+        put(prediction.labels, prediction, labels, record)
     if not images:
         start()
     record.write()

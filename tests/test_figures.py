@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.image import imread
 
-from lib.experiments.figures import make_output, new_figure, save_figure
+from lib.experiments.figures import COLOURS, class_colours, make_output, new_figure, save_figure
 from lib.system.error import InputError
 
 
@@ -18,3 +18,8 @@ def test_an_output_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output .*file: cannot be made a folder"):
         make_output(tmp_path / "file")
+
+
+def test_there_is_a_colour_for_every_class():
+    assert class_colours(4) == list(COLOURS[:3])
+    assert class_colours(10)[6:] == list(COLOURS[:3])  # from the start again

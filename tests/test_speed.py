@@ -59,7 +59,7 @@ def test_busy_compares_openmps_own_waiting_with_ours(monkeypatch, capsys):
         return {None: 0.4, "PASSIVE": 0.1}[policy.get("OMP_WAIT_POLICY")] * (1 + len(running))
 
     monkeypatch.setattr(speed_parts, "in_new_process", made_up)
-    monkeypatch.setattr(speed, "_n_cores", lambda: 3)
+    monkeypatch.setattr(speed, "n_cores", lambda: 3)
     assert main(["busy", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
     for where, ms in (("quiet", "100.000"), ("busy", "400.000")):

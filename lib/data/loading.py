@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.volumes import AugmentedPatches, Volumes
 from lib.system import distributed
 from lib.system.error import InputError
-from lib.system.process import check_stopped, worker_pool
+from lib.system.process import check_stopped, n_cores, worker_pool
 
 QUEUE = 16  # volumes whose patches are mixed with one another
 
@@ -110,7 +109,7 @@ class Loader:
 
     def _identify(self, files: list[SubjectFiles]) -> None:
         """Find out what the files hold. That reads them all, at the speed of the disk or of SHA-256."""
-        with ThreadPoolExecutor(_n_cores()) as pool:
+        with ThreadPoolExecutor(n_cores()) as pool:
             found = tqdm(
                 pool.map(cache.identify, files), f"reading {self.dataset.name}", len(files), leave=False, delay=2
             )
@@ -142,7 +141,7 @@ class Loader:
             n_classes=self.dataset.n_classes,
             merged_labels=self.dataset.merged_labels,
         )
-        with worker_pool(max(1, min(_n_cores(), len(stale))), _use_one_thread) as pool:
+        with worker_pool(max(1, min(n_cores(), len(stale))), _use_one_thread) as pool:
             sources, folders = zip(*((self.sources[file.id], self.entry(file.id)) for file in stale), strict=True)
             done = pool.map(store, stale, sources, folders)
             for _ in tqdm(done, f"preprocessing {self.dataset.name}", len(stale), unit="volume"):
@@ -282,10 +281,6 @@ def _use_one_thread() -> None:
     """In a process of many: torch and SimpleITK (which resamples for torchio) get one thread each."""
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _seed(*numbers: int) -> int:

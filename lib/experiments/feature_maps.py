@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lib.data import patches
 from lib.data.loading import Loader
-from lib.experiments.figures import COLOURS, STYLE, make_output, new_figure, save_figure
+from lib.experiments.figures import STYLE, class_colours, make_output, new_figure, save_figure
 from lib.experiments.run import Run
 from lib.models import Sauron, architecture
 from lib.models.BaseModel import read_state
@@ -138,7 +138,7 @@ def draw_block(
     figure.suptitle(f"{name}: {len(order)} feature maps of {title}", fontweight="bold")
     top, below = figure.subfigures(2, 1, height_ratios=[2.2, sum(heights)])
 
-    colours = matplotlib.colors.ListedColormap(["black", *COLOURS[: len(names) - 1]])
+    colours = matplotlib.colors.ListedColormap(["black", *class_colours(len(names))])
     axes = top.subplots(1, 4)
     for axis, (text, array) in zip(axes, inputs.items(), strict=False):
         labels = {} if text == "image" else {"vmin": 0, "vmax": len(names) - 1}

@@ -13,6 +13,11 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
 
 
+def class_colours(n_classes: int) -> list[str]:
+    """A colour for each class but the background; they come again where there are more classes than colours."""
+    return [COLOURS[k % len(COLOURS)] for k in range(n_classes - 1)]
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches that lays itself out; it belongs to no window and needs no closing."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lib.experiments.feature_maps import cut_patch, picture
-from lib.experiments.figures import COLOURS, new_figure
+from lib.experiments.figures import class_colours, new_figure
 from lib.experiments.run import Run, mean_foreground
 from lib.models import load_model
 from lib.system.cli import flops_of
@@ -35,12 +35,12 @@ def new_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
 def draw_curves(run: Run, title: str, ylabel: str, curves: dict[str, list[float | None]], top: float | None) -> Figure:
     """Curves over epochs, through the values that are there; few of them are marked, so that a single one is seen. One
     that is called mean is black and thick."""
-    figure, axis = new_axes(title, ylabel)
+    (figure, axis), colours = new_axes(title, ylabel), class_colours(len(curves) + 1)
     for k, (label, values) in enumerate(curves.items()):
         known = [(epoch, v) for epoch, v in zip(run.history["epoch"], values, strict=True) if v is not None]
         if known:
             marker = "o" if len(known) < 30 else None
-            style = {"color": COLOURS[k], "linestyle": LINES[k % len(LINES)], "marker": marker, "markersize": 3}
+            style = {"color": colours[k], "linestyle": LINES[k % len(LINES)], "marker": marker, "markersize": 3}
             style |= {"color": "black", "linestyle": "-", "linewidth": 2} if label == "mean" else {}
             axis.plot(*zip(*known, strict=True), label=label, clip_on=False, zorder=3, **style)  # a Dice of 0 is seen
     if top:
@@ -181,13 +181,13 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
             axis.imshow(background, cmap="gray", vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[])
             if labels is not None:
-                masked, colours = np.ma.masked_equal(labels, 0), ListedColormap(COLOURS[: n_classes - 1])
+                masked, colours = np.ma.masked_equal(labels, 0), ListedColormap(class_colours(n_classes))
                 axis.imshow(masked, colours, vmin=1, vmax=n_classes - 1, alpha=0.6, interpolation="nearest")
         for label in np.unique(truth)[1:]:
             row[2].contour(truth == label, levels=[0.5], colors="white", linewidths=1)
         row[0].set_ylabel(f"{rank}: Dice {mean:.3f}\n{subject}\nslice {k}")
     for axis, title in zip(axes[0], ("image", "truth", "prediction, truth in outline"), strict=True):
         axis.set_title(title)
-    handles = [Patch(color=COLOURS[k], label=name) for k, name in enumerate(run.classes[1:])]
+    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(n_classes), run.classes[1:], strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure

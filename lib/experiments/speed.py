@@ -21,7 +21,7 @@ import torch
 
 from lib.checkpoint import TrainingState, save_model
 from lib.data import DATASETS
-from lib.data.loading import Loader, _n_cores
+from lib.data.loading import Loader
 from lib.data.nifti import read, voxels_by_nibabel, write
 from lib.data.preprocessing import preprocess, read_channels
 from lib.evaluation import Rules, evaluate_pair
@@ -33,7 +33,7 @@ from lib.models.Sauron import Sauron
 from lib.settings import Settings
 from lib.system.cli import Parser, number, run_script
 from lib.system.device import find_device
-from lib.system.process import keep_freed_memory
+from lib.system.process import keep_freed_memory, n_cores
 from lib.trainer import compute_loss, train_epoch
 
 ABOUT = """\
@@ -203,8 +203,8 @@ def busy(args: argparse.Namespace) -> None:
         "ours": {key: os.environ[key] for key in parts.WAITING if key in os.environ},
     }
     ours = " ".join(f"{key}={value}" for key, value in policies["ours"].items())
-    print(f"{args.threads} threads, {_n_cores()} cores; ours: {ours}")
-    for where, n in (("quiet", 0), ("busy", _n_cores())):
+    print(f"{args.threads} threads, {n_cores()} cores; ours: {ours}")
+    for where, n in (("quiet", 0), ("busy", n_cores())):
         sides = {f"{where}, {name}": partial(parts.in_new_process, policy, args) for name, policy in policies.items()}
         with parts.busy_processes(n):
             seconds = parts.interleave(sides, args.repeats)
@@ -232,7 +232,7 @@ COMMANDS = {  # their flags with the defaults, beside those of all
     data: {"repeats": 5, "volumes": 10},
     predict: {"repeats": 3, "fms_init": 16, "levels": 5, "images": 1},
     evaluate: {"repeats": 3, "label": None, "no_medpy": False},
-    busy: {"repeats": 5, **SMALL, "threads": _n_cores(), "steps": 10},
+    busy: {"repeats": 5, **SMALL, "threads": n_cores(), "steps": 10},
 }
 OF_ALL = {"threads": 1, "device": "cpu", "data": "phantom", "data_path": None, "cache_path": "data/preprocessed"}
 OF_ALL |= {"patch_size": None}

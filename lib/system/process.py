@@ -72,6 +72,11 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def n_cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def start_worker(initialize: Callable[[], None] | None = None) -> None:
     """What a worker process does first: leave Ctrl-C to its parent, end when the parent is no more, and work on
     whatever becomes of the screen."""
