@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lib.data.BaseDataset import SubjectFiles
 from lib.data.geometry import aligned
-from lib.data.nifti import PROBABILITIES, SUFFIXES, TRUTH, only, read_label, stem
+from lib.data.images import PROBABILITIES, SUFFIXES, TRUTH, only, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text

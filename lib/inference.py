@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import published
-from lib.data import nifti
+from lib.data import images, nifti
 from lib.data.geometry import in_stored_order
 from lib.data.preprocessing import (
     Grid,
@@ -34,7 +34,7 @@ from lib.system.process import check_stopped
 
 
 class Prediction(NamedTuple):
-    labels: np.ndarray  # (X, Y, Z) of `nifti.label_type`, in the order of the file
+    labels: np.ndarray  # (X, Y, Z) of `images.label_type`, in the order of the file
     probabilities: np.ndarray | None  # (X, Y, Z, n_classes) float32, likewise
     header: nib.Nifti1Header  # of the image
     source: dict  # what says which file the image was: as `lib.record.source_identity`
@@ -147,7 +147,7 @@ class Predictor:
         volume, affine, padding = preprocess(image, self.preprocessing)
         del image  # the largest array of all
         predicted = self.volume(volume)
-        labels = np.empty(grid.shape, nifti.label_type(len(predicted)), order="F")  # NIfTI's order
+        labels = np.empty(grid.shape, images.label_type(len(predicted)), order="F")  # NIfTI's order
         kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
         for slab, part in to_original_grid(predicted, affine, padding, grid):
             labels[slab] = part.numpy().argmax(0)  # several times faster than torch's

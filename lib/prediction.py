@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
-from lib.data.nifti import PROBABILITIES, TRUTH, scale_note, stem
+from lib.data.images import PROBABILITIES, TRUTH, stem
+from lib.data.nifti import scale_note
 from lib.inference import Prediction, Predictor, save, settings_of_model
 from lib.models import compile_model, load_model
 from lib.models.nnUNet import nnUNet

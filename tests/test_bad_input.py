@@ -16,7 +16,7 @@ import evaluate
 import predict
 import train
 from lib import checkpoint
-from lib.data.nifti import read_geometry, read_image, read_label
+from lib.data.images import read_geometry, read_image, read_label
 from lib.evaluation import read_model_summary
 from lib.models import load_model
 from lib.models.BaseModel import read_state

@@ -15,9 +15,9 @@ import evaluate
 import predict
 import train
 from lib.data.ACDCDataset import ACDCDataset
+from lib.data.images import read_geometry, read_image, read_label
 from lib.data.KiTSDataset import KiTSDataset
 from lib.data.loading import Loader
-from lib.data.nifti import read_geometry, read_image, read_label
 from lib.models.nnUNet import nnUNet
 from lib.system.error import InputError
 

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from hypothesis import assume, given, settings
 from niftis import SHAPE, VOXELS, by_itk, headers, write
 
-from lib.data import nifti
+from lib.data import images, nifti
 from lib.system.error import InputError
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -52,7 +52,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, damage):
     path = write(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 4, SHAPE).astype(np.uint8))
     gz = path.read_bytes()
     path.write_bytes(DAMAGES[damage](gzip.decompress(gz), gz))
-    for reader in (nifti.read_image, lambda path: nifti.read_label(path, 4)):
+    for reader in (images.read_image, lambda path: images.read_label(path, 4)):
         with pytest.raises(InputError) as error:
             reader(path)
         assert str(error.value).startswith(f"{path}: cannot be read") and "\n" not in str(error.value)
@@ -124,10 +124,10 @@ def test_voxels_are_read_as_nibabel_reads_them(tmp_path, more_axes, kind, dtype)
 def test_scaled_intensities_are_those_of_nibabel(tmp_path):
     path = write(tmp_path / "a.nii.gz", scl_slope=0.37, scl_inter=-1024)
     expected = nib.load(path).get_fdata(dtype=np.float32)
-    volume = nifti.read_image(path)
+    volume = images.read_image(path)
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array, expected)
-    np.testing.assert_array_equal(nifti.read_image(write(path, scl_slope=0, scl_inter=5)).array, VOXELS)  # no scaling
+    np.testing.assert_array_equal(images.read_image(write(path, scl_slope=0, scl_inter=5)).array, VOXELS)  # no scaling
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -135,9 +135,9 @@ def test_images_are_finite_and_not_all_the_same(tmp_path, value):
     array = VOXELS.astype(np.float32)
     array[1, 2, 0] = value
     with pytest.raises(InputError, match="NaN or infinite"):
-        nifti.read_image(write(tmp_path / "a.nii", array))
+        images.read_image(write(tmp_path / "a.nii", array))
     with pytest.raises(InputError, match="all voxels are 7"):
-        nifti.read_image(write(tmp_path / "a.nii", np.full(SHAPE, 7, np.uint8)))
+        images.read_image(write(tmp_path / "a.nii", np.full(SHAPE, 7, np.uint8)))
 
 
 def test_reading_loads_no_torch():
@@ -153,7 +153,7 @@ LABELS = np.arange(60).reshape(SHAPE) % 4
 @pytest.mark.parametrize(("slope", "inter"), [(0.99999, 0), (1.0001, 0), (1, 0.0009), (0.5, 0)])
 def test_what_lies_near_a_label_is_this_label(tmp_path, slope, inter):
     stored = (LABELS * (2 if slope == 0.5 else 1)).astype(np.uint8)
-    volume = nifti.read_label(write(tmp_path / "a.nii.gz", stored, scl_slope=slope, scl_inter=inter), 4)
+    volume = images.read_label(write(tmp_path / "a.nii.gz", stored, scl_slope=slope, scl_inter=inter), 4)
     assert volume.array.dtype == np.uint8
     np.testing.assert_array_equal(volume.array, LABELS)
 
@@ -161,7 +161,7 @@ def test_what_lies_near_a_label_is_this_label(tmp_path, slope, inter):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16, np.int8])
 def test_labels_of_any_type(tmp_path, dtype):
     values = LABELS.astype(dtype) + (np.float32(1e-7) if np.dtype(dtype).kind == "f" else 0)
-    np.testing.assert_array_equal(nifti.read_label(write(tmp_path / "a.nii", values.astype(dtype)), 4).array, LABELS)
+    np.testing.assert_array_equal(images.read_label(write(tmp_path / "a.nii", values.astype(dtype)), 4).array, LABELS)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_other_values_are_named_with_all_their_digits(tmp_path, value, dtype, na
     values = LABELS.astype(dtype)
     values[0, 0, :2] = value
     with pytest.raises(InputError) as error:
-        nifti.read_label(write(tmp_path / "a.nii.gz", values), 4)
+        images.read_label(write(tmp_path / "a.nii.gz", values), 4)
     path = tmp_path / "a.nii.gz"
     assert str(error.value).startswith(
         f"{path}: has the label {named} in 2 voxels, but the labels of this data set are"
@@ -193,10 +193,10 @@ def test_other_values_are_named_with_all_their_digits(tmp_path, value, dtype, na
 
 def test_some_labels_count_as_others(tmp_path):
     path = write(tmp_path / "a.nii", LABELS.astype(np.uint8))
-    np.testing.assert_array_equal(nifti.read_label(path, 3, {3: 1}).array, np.where(LABELS == 3, 1, LABELS))
-    np.testing.assert_array_equal(nifti.read_label(path, 2, {2: 0, 3: 1}).array, LABELS % 2)
+    np.testing.assert_array_equal(images.read_label(path, 3, {3: 1}).array, np.where(LABELS == 3, 1, LABELS))
+    np.testing.assert_array_equal(images.read_label(path, 2, {2: 0, 3: 1}).array, LABELS % 2)
     with pytest.raises(InputError, match="label 2 in 15 voxels"):
-        nifti.read_label(path, 2, {3: 1})
+        images.read_label(path, 2, {3: 1})
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
@@ -206,8 +206,8 @@ def test_more_labels_than_a_byte_holds(tmp_path, dtype):
         (301, {}, np.int16, [0, 255, 256, 300]),
         (256, {256: 1, 300: 2}, np.uint8, [0, 255, 1, 2]),
     ]:
-        labels = nifti.read_label(path, n_classes, merged).array
-        assert labels.dtype == kind == nifti.label_type(n_classes) and labels.flags.f_contiguous
+        labels = images.read_label(path, n_classes, merged).array
+        assert labels.dtype == kind == images.label_type(n_classes) and labels.flags.f_contiguous
         np.testing.assert_array_equal(labels, np.resize(expected, SHAPE))
 
 
@@ -226,7 +226,7 @@ def test_what_is_written_keeps_the_header(tmp_path_factory, fields):
         stored = nib.Nifti1Header(gzip.decompress((folder / f"{name}.nii.gz").read_bytes())[:348], check=False)
         for field in nifti.GEOMETRY:
             np.testing.assert_array_equal(stored[field], original.header[field])
-    np.testing.assert_array_equal(nifti.read_label(folder / "labels.nii.gz", 4).array, LABELS)
+    np.testing.assert_array_equal(images.read_label(folder / "labels.nii.gz", 4).array, LABELS)
 
 
 def test_extensions_and_codes_that_nibabel_does_not_know_are_kept(tmp_path):
@@ -261,9 +261,9 @@ def test_the_log_names_a_disagreement_on_the_voxel_size_once(tmp_path):
 
 
 def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path):
-    assert nifti.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) is None
+    assert images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) is None
     (tmp_path / "a.nii").touch()
-    assert nifti.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) == tmp_path / "a.nii"
+    assert images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) == tmp_path / "a.nii"
     (tmp_path / "a.nii.gz").touch()
     with pytest.raises(InputError, match=r"^case: both .*a\.nii\.gz and .*a\.nii are there"):
-        nifti.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"])
+        images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from niftis import oblique
 
-from lib.data.nifti import read_geometry, read_label
+from lib.data.images import read_geometry, read_label
 from lib.data.preprocessing import (
     Grid,
     Preprocessing,

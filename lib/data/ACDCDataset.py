@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
-from lib.data.nifti import stem
+from lib.data.images import stem
 
 
 def find_frames(root: Path) -> list[SubjectFiles]:

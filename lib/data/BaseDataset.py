@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.data.nifti import SUFFIXES, only
+from lib.data.images import SUFFIXES, only
 from lib.system.error import InputError
 
 PUBLISHED = {  # settings of a training, as they were published (for ACDC)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
-from lib.data.nifti import stem
+from lib.data.images import stem
 
 LEFT_OUT = (15, 23, 37, 68, 125, 133)  # cases whose labels the paper did not train on
 LABELS = ("segmentation", "aggregated_MAJ_seg")  # the ground truth's name in KiTS19 and KiTS23, and in KiTS21

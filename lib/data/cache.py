@@ -15,7 +15,7 @@ import torchio as tio
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
 from lib.data.geometry import Volume, aligned, in_order
-from lib.data.nifti import label_type, read_geometry, read_label
+from lib.data.images import label_type, read_geometry, read_label
 from lib.data.preprocessing import (
     check_size,
     in_own_frame,
@@ -89,7 +89,7 @@ def store(
     merged_labels: dict[int, int],
 ) -> None:
     """Preprocess one subject into `folder`: image.npy (C, X, Y, Z) float32, label.npy (X, Y, Z) of
-    `lib.data.nifti.label_type`, and meta.json with id, padding, sources (those of `identify`) and two affines (4x4) of
+    `lib.data.images.label_type`, and meta.json with id, padding, sources (those of `identify`) and two affines (4x4) of
     the preprocessed voxels: to the volume's own frame, and to the world (RAS+ mm).
 
     Raises InputError if a file is broken, is not what `sources` says, the channels or the label do not share one grid,

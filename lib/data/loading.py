@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.data import cache, nifti, patches
+from lib.data import cache, images, nifti, patches
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.volumes import AugmentedPatches, Volumes
 from lib.system import distributed
@@ -231,7 +231,7 @@ class Loader:
     def _empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Room for the images and labels of `n` patches."""
         image = np.empty((n, self.dataset.modalities, *self.patch_size), np.float32)
-        return image, np.empty((n, *self.patch_size), nifti.label_type(self.dataset.n_classes))
+        return image, np.empty((n, *self.patch_size), images.label_type(self.dataset.n_classes))
 
     def validation_volumes(self) -> Iterator[dict]:
         """{"image": (N, C, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume; the

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import torchio as tio
 from torch import Tensor
 
-from lib.data import nifti
 from lib.data.BaseDataset import Preprocessing
 from lib.data.geometry import Geometry, Volume, aligned, axes_of, oriented
+from lib.data.images import read_image
 from lib.system.error import InputError
 from lib.system.files import joint_digest
 
@@ -41,13 +41,13 @@ def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) ->
     """An image, of one file or one for each channel, as (C, X, Y, Z) float32 in its own frame: see `in_own_frame`. Also
     the first file, without voxels, with the number of bytes of all files and their `joint_digest`.
 
-    Raises InputError as `lib.data.nifti.read_image`, or if the files do not share one grid, or resampling would make
+    Raises InputError as `lib.data.images.read_image`, or if the files do not share one grid, or resampling would make
     the image absurdly large.
     """
     first, *others = [paths] if isinstance(paths, str | Path) else paths
-    volumes = [first := nifti.read_image(first)]
+    volumes = [first := read_image(first)]
     check_size(first.path, first.geometry, preprocessing)
-    volumes += [aligned(nifti.read_image(path), first) for path in others]
+    volumes += [aligned(read_image(path), first) for path in others]
     n_bytes, sums = sum(volume.n_bytes for volume in volumes), [volume.sha256 for volume in volumes]
     first = replace(first, array=None, n_bytes=n_bytes, sha256=joint_digest(sums))
     images = [in_own_frame(volumes.pop(0), preprocessing.orientation, tio.ScalarImage) for _ in sums]

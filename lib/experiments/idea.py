@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.data.nifti import read_image
+from lib.data.images import read_image
 from lib.data.phantom import write_phantom
 from lib.experiments.figures import STYLE, make_output, new_figure, save_figure
 from lib.models import Sauron
