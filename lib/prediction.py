@@ -1,9 +1,8 @@
 """What to predict, under which names, and with which model; and the folder that the predictions are written into."""
 
 import argparse
-import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -248,7 +247,7 @@ def describe_job(source: dict, dataset: BaseDataset, predictor: Predictor, amp: 
         "method": METHOD,
         "model": {"path": source["path"], "sha256": source["sha256"]},
         "data": dataset.name,
-        "preprocessing": json.loads(json.dumps(asdict(dataset.preprocessing))),
+        "preprocessing": dataset.preprocessing.as_dict(),
         "patch_size": list(predictor.patch_size),
         "tta": predictor.mirror,
         "amp": amp,

@@ -5,14 +5,17 @@ A data set of one's own is one instance:
     BaseDataset(name="mine", class_names=("background", "thing"), find=find_files, preprocessing=Preprocessing(...))
 """
 
+import json
 import os
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 from lib.data.images import SUFFIXES, only
+from lib.data.normalization import Normalization
 from lib.system.error import InputError
 
 PUBLISHED = {  # settings of a training, as they were published (for ACDC)
@@ -37,6 +40,11 @@ PUBLISHED = {  # settings of a training, as they were published (for ACDC)
     "max_flops": "none",
     "min_filters": 2,
     "prune_between": ("0%", "100%"),
+    "fms_max": 480,
+    "strides": None,
+    "kernels": None,
+    "steps": None,
+    "foreground": 0.0,
 }
 
 
@@ -50,6 +58,9 @@ class Preprocessing:
     zscore: whether the z-score is taken here, before the augmentation (which always ends with one).
     orientation: where the axes that all this speaks of lead to: "RAS" is right, anterior, superior. The axes of a file
     are permuted and flipped to come nearest to it; what is predicted goes back onto the file's own grid.
+
+    Where `normalizations` are given, one for each channel, nnU-Net's way is taken instead: crop to the voxels that are
+    not 0 (if `crop`), normalize, resample (cubic); and no z-score follows, now or later.
     """
 
     spacing_mm: tuple[float | None, float | None, float | None]
@@ -59,11 +70,25 @@ class Preprocessing:
     min_size: tuple[int, int, int] | None = None
     zscore: bool = True
     orientation: str = "RAS"
+    normalizations: tuple[Normalization, ...] = ()
+    crop: bool = False
+
+    def as_dict(self) -> dict:
+        """As JSON has it; fields that are newer than the first caches only where they say something."""
+        fields = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in fields.items() if value or key not in ("normalizations", "crop")}
+
+    @classmethod
+    def of_dict(cls, fields: dict) -> Self:
+        """What `as_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        normalizations = tuple(Normalization(**one) for one in fields.get("normalizations", ()))
+        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        return cls(**tuples | {"normalizations": normalizations})
 
 
 @dataclass(frozen=True)
 class SubjectFiles:
-    """One image (a file for each channel) and, where it has one, its ground truth."""
+    """One image (a file for each channel, or one that holds all) and, where it has one, its ground truth."""
 
     id: str
     images: tuple[Path, ...]
@@ -94,6 +119,11 @@ class BaseDataset:
     layout: str = "images"  # of the files, for the message that they are missing
     how_to_get: str = "Get the images."  # a sentence for the same message
     patches_per_volume: int | None = None  # in an epoch; None: as many as there are slices
+    values: tuple[int, ...] = ()  # of the classes in files of labels; none: 0, 1, 2, ...
+    ignore: int | None = None  # the value of voxels in truths that do not count; in memory it is n_classes
+    file_ending: str = ".nii.gz"  # of predictions
+    find_test: Callable[[Path], list[SubjectFiles]] | None = None  # as `find`, for a test set that lies apart
+    folds: tuple[dict[str, tuple[str, ...]], ...] = ()  # ids by "train" and "val"; none: --split divides the cases
     merged_labels: dict[int, int] = field(default_factory=dict)  # other values of truths, and the labels they count as
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)  # unions of labels that are evaluated, too
     challenge_name: str | None = None  # how the challenge wants the prediction of a {case} to be named

@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -70,7 +69,7 @@ class Loader:
         found = {dataset.case_of(id_) for ids in self.ids.values() for id_ in ids}
         self.n_missing = len(set(dataset.cases or ()) - found)  # test_cases not counted
         labels = dataset.n_classes, sorted(dataset.merged_labels.items())
-        parameters = json.dumps([cache.VERSION, asdict(dataset.preprocessing), labels])
+        parameters = json.dumps([cache.VERSION, dataset.preprocessing.as_dict(), labels])
         self.cache = Path(cache_path) / f"{dataset.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
         self.sources, self._prepared = {}, set()
         self.notes = []
