@@ -15,7 +15,7 @@ from lib.training import train
 def run(argv: list[str] | None, held: ExitStack) -> None:
     """Train as `argv` says, and write the report of the run."""
     state = train(argv, held)
-    if distributed.is_main():
+    if state and distributed.is_main():
         report_training(state.folder, device_of(state.model), state.log)
 
 

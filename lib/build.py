@@ -22,6 +22,7 @@ from lib.system.error import InputError
 def build_dataset(settings: Settings) -> Loader:
     """The data of a run. Raises InputError if they are not there, or cannot be split so."""
     keys = ("data_path", "cache_path", "split", "seed_data", "patch_size", "batch_size", "num_workers", "seed_train")
+    keys += ("fold", "steps", "foreground")
     return Loader(settings.dataset, **{key: getattr(settings, key) for key in keys})
 
 
@@ -41,8 +42,11 @@ def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, so
         filters = {"out": files["out"]}
     imp_fun = "euc_rand" if settings.imp_fun == "random" else settings.imp_fun  # whose values the rule deals
     distances = {"dist_fun": settings.dist_fun, "imp_fun": imp_fun} if settings.model == "sauron" else {}
-    keys = ("modalities", "n_classes", "fms_init", "levels", "dim")
-    model = MODELS[settings.model](**{key: getattr(settings, key) for key in keys}, filters=filters, **distances)
+    keys = ("modalities", "n_classes", "fms_init", "fms_max", "levels", "dim")
+    shape = {key: getattr(settings, key) for key in keys}
+    for key in ("strides", "kernels"):
+        shape[key] = [[*map(int, row)] for row in getattr(settings, key) or ()] or None
+    model = MODELS[settings.model](**shape, filters=filters, **distances)
     for key, given in files.items():
         check_filters(given, count_filters(model)[key], paths[key], source or "the network")
     return model
@@ -54,8 +58,8 @@ def build_unpruned(settings: Settings, weights: dict[str, Tensor] | None = None,
 
 
 def build_loss(settings: Settings) -> nn.Module:
-    loss = LOSSES[settings.loss]
-    return loss(settings.lambda_) if loss.uses_distances else loss()
+    loss, ignore = LOSSES[settings.loss], settings.dataset.ignore is not None
+    return loss(settings.lambda_, ignore=ignore) if loss.uses_distances else loss(ignore=ignore)
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:

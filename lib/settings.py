@@ -2,16 +2,20 @@
 reading that file, and what --resume may change follow from the field. A field without a default has that of each data
 set; the usual one stands in `PUBLISHED` of lib/data/BaseDataset.py."""
 
+import argparse
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from lib import published
-from lib.data import DATASETS
+from lib.data import DATASETS, raw
 from lib.data.BaseDataset import BaseDataset
+from lib.data.normalization import SCHEMES
 from lib.distance import DISTANCES, IMPORTANCES
 from lib.loss import LOSSES
 from lib.models import MODELS
@@ -23,6 +27,34 @@ from lib.system.options import Options, noted, setting
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
 
 
+def data_argument(text: str) -> str:
+    """An argparse type: the name of a data set, or else the path of a folder in nnU-Net's raw format."""
+    folder = Path(text).parent if Path(text).name == raw.JSON else Path(text)
+    if text.lower() not in {name.lower() for name in DATASETS} and (folder / raw.JSON).is_file():
+        return str(folder.resolve())
+    if folder.is_dir() and text.lower() not in DATASETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder without {raw.JSON}; give one in nnU-Net's raw format")
+    return one_of(DATASETS)["type"](text)
+
+
+def digits(text: str) -> str:
+    """An argparse type: a number below 10 for each of two or three axes, such as 122, which stays text."""
+    if not (text.isascii() and text.isdigit() and len(text) in (2, 3) and "0" not in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 1 to 9 for each axis, such as 122")
+    return text
+
+
+def fold_argument(text: str) -> str:
+    """An argparse type: "all", or the number of a fold, which stays text."""
+    if text != "all" and not (text.isascii() and text.isdigit() and len(text) < 5):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a fold nor all")
+    return text
+
+
+def _dataset_of(values: Mapping[str, Any]) -> BaseDataset:
+    return raw.of_dict(values["definition"]) if values.get("definition") else DATASETS[values["data"]]
+
+
 def _loss(values: dict) -> str:
     distances = values["model"] == "sauron" and values["lambda_"] > 0
     return "DS_CrossEntropyDiceLoss_Distance" if distances else "DS_CrossEntropyDiceLoss"
@@ -31,18 +63,21 @@ def _loss(values: dict) -> str:
 def _budget(values: dict) -> str:
     """What a data set chooses, unless something else is chosen that does not go with it."""
     other = values["model"] == "nnunet" or values["no_prune"] or values["max_ms"] is not None
-    return "none" if other else DATASETS[values["data"]].defaults["max_flops"]
+    return "none" if other else _dataset_of(values).defaults["max_flops"]
 
 
 def _moments(values: dict) -> tuple[str, str]:
     budget = values["max_flops"] != "none" or values["max_ms"] is not None
-    return BUDGET_MOMENTS if budget else DATASETS[values["data"]].defaults["prune_between"]
+    return BUDGET_MOMENTS if budget else _dataset_of(values).defaults["prune_between"]
 
 
 def _default_of(dataset: BaseDataset, name: str) -> object:
-    return dataset.patch_size if name == "patch_size" else dataset.defaults[name]
+    return getattr(dataset, name) if name in ("patch_size", "dim") else dataset.defaults[name]
 
 
+PLANNED = ("dim", "axes", "spacing", "normalization", "no_crop", "gpu_memory")  # what a plan is made from, and what it
+PLANNED += ("patch_size", "levels", "strides", "kernels", "fms_init", "fms_max", "batch_size")  # chooses
+OWN = ("axes", "spacing", "normalization", "no_crop", "gpu_memory", "fold", "allow_mismatch")  # for own data alone
 SWITCH = {"action": "store_true"}
 positive, maps, seed, fraction = (
     number(int, 1, 10**6),
@@ -57,7 +92,11 @@ class Settings(Options):
     """What a network is trained with. `of` and `read` make them; shares and limits stay the text that was given."""
 
     data: str = setting(
-        "data", f"data set: {', '.join(sorted(DATASETS))}", shown="none; needed, but with --resume", **one_of(DATASETS)
+        "data",
+        f"data set: {', '.join(sorted(DATASETS))}, or a folder in nnU-Net's raw format (with {raw.JSON})",
+        shown="none; needed, but with --resume",
+        type=data_argument,
+        metavar="NAME|FOLDER",
     )
     data_path: str | None = setting(
         "data", "folder of the data set", None, shown="$SAURON_DATA/<data>, else data/<data>", resume="changes"
@@ -65,6 +104,20 @@ class Settings(Options):
     cache_path: str = setting("data", "folder for preprocessed volumes", "data/preprocessed", resume="changes")
     split: str = setting("data", "training:validation shares of what is no test set, such as 0.9:0.1 or 1:0")
     seed_data: int = setting("data", "seed of the split", type=seed)
+    fold: str | None = setting(
+        "data",
+        "own data: the fold to validate with, of splits_final.json or else of nnU-Net's five; all: no validation",
+        lambda values: "0" if values.get("definition") else None,
+        shown="0 for own data",
+        type=fold_argument,
+    )
+    allow_mismatch: bool = setting(
+        "data",
+        "own data: accept files whose origins or directions differ within a case, as nnU-Net does",
+        False,
+        shown="refuse",
+        **SWITCH,
+    )
     num_workers: int = setting(
         "data",
         "processes that load data (for each process of torchrun), 0 for none; results do not depend on it",
@@ -72,6 +125,41 @@ class Settings(Options):
         shown="cores - 1, at most 4",
         resume="changes",
         type=number(int, 0, 256),
+    )
+
+    dim: str = setting(
+        "plan of own data", "2D (slices) or 3D", shown="{chosen}; own data: by the voxels", **one_of(("2D", "3D"))
+    )
+    axes: tuple[int, ...] | None = setting(
+        "plan of own data",
+        "order of the axes, as nnU-Net's transpose_forward; 0 is the last stored axis",
+        shown="the coarsest one first",
+        type=number(int, 0, 2),
+        nargs=3,
+        metavar="AXIS",
+    )
+    spacing: tuple[float, ...] | None = setting(
+        "plan of own data",
+        "voxel size to resample to in mm, the last stored axis first; 0: as planned",
+        shown="nnU-Net's target spacing",
+        type=number(float, 0, 1e4),
+        nargs=3,
+        metavar="MM",
+    )
+    normalization: tuple[str, ...] | None = setting(
+        "plan of own data",
+        f"of each channel: {', '.join(SCHEMES)}",
+        shown="by the channel's name",
+        nargs="+",
+        **one_of(SCHEMES),
+    )
+    no_crop: bool = setting("plan of own data", "keep what is 0 around an image", False, shown="crop it away", **SWITCH)
+    gpu_memory: float = setting(
+        "plan of own data",
+        "memory in GB that patch and batch are planned for, by nnU-Net's estimate",
+        8.0,
+        type=number(float, 0.1, 1e4),
+        metavar="GB",
     )
 
     exp_name: str = setting("run", "name of the experiment", "unnamed")
@@ -109,11 +197,26 @@ class Settings(Options):
         "network", "sauron or nnunet; nnunet measures no distances and is never pruned", "sauron", **one_of(MODELS)
     )
     fms_init: int = setting("network", "filters of the first level; each level doubles them, up to 480", type=maps)
+    fms_max: int = setting("network", "filters of a level at most", type=number(int, 1, 4096))
     levels: int = setting("network", "levels of the network, at least 3", type=number(int, 3, 12))
     patch_size: tuple[int, ...] = setting(
         "network",
-        "size of the training patch in voxels, a multiple of 2^(levels - 1)",
+        "size of the training patch in voxels, a multiple of 2^(levels - 1), or of the product of the strides",
         type=number(int, 1, 2**14),
+        nargs="+",
+    )
+    strides: tuple[str, ...] | None = setting(
+        "network",
+        "steps from each level to the next, a digit per axis, such as 111 122 222; the first one is 1",
+        shown="2 between all levels; own data: as planned",
+        type=digits,
+        nargs="+",
+    )
+    kernels: tuple[str, ...] | None = setting(
+        "network",
+        "size of each level's convolutions, likewise, such as 133 333 333",
+        shown="3; own data: as planned",
+        type=digits,
         nargs="+",
     )
     in_filters: str | None = setting(
@@ -129,6 +232,15 @@ class Settings(Options):
         **one_of(LOSSES),
     )
     epochs: int = setting("training", "number of epochs", resume="changes", type=positive)
+    steps: int | None = setting(
+        "training", "batches of an epoch", shown="each volume once; own data: 250", type=positive
+    )
+    foreground: float = setting(
+        "training",
+        "share of the patches that are drawn around foreground",
+        shown="{chosen}; own data: 0.33",
+        type=fraction,
+    )
     batch_size: int = setting("training", "patches per step, of all processes together", type=positive)
     val_interval: int = setting("training", "validate every so many epochs", type=positive)
     optim: str = setting("training", "optimizer", **one_of(["adam", "sgd"]))
@@ -221,9 +333,9 @@ class Settings(Options):
         metavar="RUN",
     )
 
-    modalities: int = noted(lambda values: DATASETS[values["data"]].modalities)
-    n_classes: int = noted(lambda values: DATASETS[values["data"]].n_classes)
-    dim: str = noted(lambda values: DATASETS[values["data"]].dim)
+    definition: dict | None = noted(None)  # of own data: `lib.data.raw.as_dict`
+    modalities: int = noted(lambda values: _dataset_of(values).modalities)
+    n_classes: int = noted(lambda values: _dataset_of(values).n_classes)
     precision: str | None = noted(None)  # what --amp came to: "float32" or "bfloat16"
 
     parser_texts = {
@@ -234,20 +346,25 @@ class Settings(Options):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """The settings of a new run. Raises InputError where they do not fit one another."""
-        given = {**given, "data": DATASETS[given["data"]].name}
+        """The settings of a new run; of own data with its "definition". Raises InputError where they do not fit one
+        another."""
+        given = {**given, "data": _dataset_of(given).name}
         if given.get("epoch_start") == 1 and given.get("model_state") is None:
             given["epoch_start"] = 0  # as published, where a fresh start is told so
         return super().of(given)
 
     def continued(self, given: Mapping[str, Any], run: object) -> Self:
         """As `Options.continued`; a data set is the same by any of its names."""
-        name = DATASETS[given["data"]].name if given.get("data") else None
-        return super().continued({**given, "data": name}, run)
+        if not given.get("data"):
+            return super().continued(given, run)
+        if given["data"] in DATASETS:
+            return super().continued({**given, "data": DATASETS[given["data"]].name}, run)
+        folder = given.get("data_path") or given["data"]  # own data that may have moved
+        return super().continued({**given, "data": Path(given["data"]).name, "data_path": folder}, run)
 
     @classmethod
     def chosen(cls, name: str, values: Mapping[str, Any]) -> object:
-        return _default_of(DATASETS[values["data"]], name)
+        return _default_of(_dataset_of(values), name)
 
     @classmethod
     def chosen_text(cls, name: str) -> str:
@@ -282,8 +399,11 @@ class Settings(Options):
                 f"{run}: is no run folder (config.json: {error}); name <output>/<exp_name>/<data>/<id>"
             ) from error
         try:
-            given = vars(cls.parser().parse_args(cls.flags(config)))
-            settings = cls.of(given | {"precision": config.get("precision")})
+            definition = config.get("definition")
+            if definition is not None:
+                definition = raw.as_dict(raw.of_dict(definition))
+            given = vars(cls.parser().parse_args(cls.flags(config | ({"data": None} if definition else {}))))
+            settings = cls.of(given | {"precision": config.get("precision"), "definition": definition})
             if settings.precision not in (None, "float32", "bfloat16"):
                 raise InputError(f"precision is {settings.precision!r}")
             for name, value in settings.as_dict().items():
@@ -291,7 +411,7 @@ class Settings(Options):
                     raise InputError(f"{name} is {config[name]!r}")
             facts = {key: value for key, value in config.items() if key not in settings.as_dict()}
             _check_facts(facts)
-        except InputError as error:
+        except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{run / 'config.json'}: is damaged ({error}); name another run") from error
         return settings, facts
 
@@ -300,9 +420,9 @@ class Settings(Options):
         free = {f.name for f in fields(self) if f.metadata["resume"] == "changes" and f.name != "epochs"}
         return {key: value for key, value in self.as_dict().items() if key not in free}
 
-    @property
+    @cached_property
     def dataset(self) -> BaseDataset:
-        return DATASETS[self.data]
+        return _dataset_of({"data": self.data, "definition": self.definition})
 
     @property
     def has_budget(self) -> bool:
@@ -325,20 +445,55 @@ class Settings(Options):
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
         if self.model == "nnunet" and self.loss == "DS_CrossEntropyDiceLoss_Distance":
             raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
-        n_axes = 2 if self.dim == "2D" else 3
-        factor = 2 ** (self.levels - 1)
-        if len(self.patch_size) != n_axes:
-            raise InputError(f"--patch_size needs {n_axes} numbers for {self.data}, not {len(self.patch_size)}")
-        for size in self.patch_size:
-            if size % factor or size < 2 * factor:
-                raise InputError(
-                    f"--patch_size {' '.join(map(str, self.patch_size))}: with --levels {self.levels} each axis must "
-                    f"be a multiple of {factor} and at least {2 * factor}, {size} is not"
-                )
+        self._check_patch()
+        self._check_data()
         if self.optim == "sgd" and self.nesterov and self.momentum == 0:
             raise InputError("--nesterov True needs a --momentum above 0")
         if self.epoch_start and not self.model_state:
             raise InputError("--epoch_start needs --model_state: the model of that epoch")
+
+    def _check_patch(self) -> None:
+        """Raise InputError unless patch, levels, strides and kernels fit one another."""
+        n_axes = 2 if self.dim == "2D" else 3
+        if len(self.patch_size) != n_axes:
+            raise InputError(f"--patch_size needs {n_axes} numbers for {self.data}, not {len(self.patch_size)}")
+        for key, rows in (("strides", self.strides), ("kernels", self.kernels)):
+            if rows and [*map(len, rows)] != [n_axes] * self.levels:
+                raise InputError(
+                    f"--{key} {' '.join(rows)}: --levels {self.levels} needs {self.levels} words of {n_axes} digits"
+                )
+        if self.strides and set(self.strides[0]) != {"1"}:
+            raise InputError(
+                f"--strides {' '.join(self.strides)}: the first level has the image's size: {'1' * n_axes}"
+            )
+        if even := [word for word in self.kernels or () if set(word) & set("2468")]:
+            raise InputError(f"--kernels {even[0]}: the size of a convolution must be odd")
+        text = " ".join(map(str, self.patch_size))
+        for size, factor in zip(self.patch_size, self.divisor, strict=True):
+            if size % factor or size < 2 * factor and (size, factor) != (1, 1):
+                by = f"--strides {' '.join(self.strides)}" if self.strides else f"--levels {self.levels}"
+                axis = f"{size} must" if self.strides else "each axis must"
+                raise InputError(
+                    f"--patch_size {text}: with {by} {axis} be a multiple of {factor} and at least {2 * factor}"
+                    + ("" if self.strides else f", {size} is not")
+                )
+
+    def _check_data(self) -> None:
+        """Raise InputError where a setting does not go with the data set."""
+        if self.dim != self.dataset.dim:
+            raise InputError(f"--dim {self.dim}: {self.data} is {self.dataset.dim}; leave it out")
+        own = {f.name: f for f in fields(self) if f.name in OWN}
+        for name, f in own.items():
+            default = None if name == "fold" else f.metadata["default"]
+            if self.definition is None and getattr(self, name) != default:
+                raise InputError(f"--{name}: is for a folder in nnU-Net's raw format; leave it out with {self.data}")
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """By axis: what the patch must be a multiple of."""
+        if not self.strides:
+            return (2 ** (self.levels - 1),) * len(self.patch_size)
+        return tuple(math.prod(map(int, axis)) for axis in zip(*self.strides, strict=True))
 
 
 def _check_facts(facts: dict) -> None:

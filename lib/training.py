@@ -1,5 +1,6 @@
 """From the arguments of train.py to a trained run folder."""
 
+import argparse
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from lib import checkpoint, published
 from lib.build import build_dataset, build_loss, build_model, build_optimizer, build_rule, build_unpruned, check_amp
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
+from lib.data import DATASETS, own_data, planning, raw
 from lib.data.loading import Loader
+from lib.forecast import forecast
 from lib.models import compile_model
 from lib.models.BaseModel import read_state
 from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
 from lib.settings import Settings
 from lib.system import distributed
-from lib.system.device import faster_precision, find_device
+from lib.system.device import device_of, faster_precision, find_device
 from lib.system.error import InputError
 from lib.system.facts import facts
 from lib.system.files import locked
@@ -43,13 +46,20 @@ class Task:
     resumes: bool
     history: Path | None  # a run of the published code
     accepts_changes: bool
+    notes: list[str]  # about own data: the plan, and what the checks found
 
 
-def train(argv: list[str] | None, held: ExitStack) -> TrainingState:
-    """Train as `argv` says; `held` keeps the process group and the lock of the run folder."""
+def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
+    """Train as `argv` says; `held` keeps the process group and the lock of the run folder. None where only the plan is
+    asked for."""
     held.enter_context(distributed.process_group())
-    task = distributed.together(read_task, argv, held)
+    args = distributed.together(parseArguments, argv)
+    own = distributed.broadcast_from_main(distributed.together(plan_own_data, args))
+    task = distributed.together(read_task, args, own, held)
     distributed.check_same("the settings", task.settings.of_all_ranks())
+    if args.plan_only:
+        show_plan(task)
+        return None
     model, history, data = distributed.together(load, task)
     content = prepare(data)
     changed, save_fms = distributed.together(start, task, model, data, content)
@@ -64,6 +74,9 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState:
     state.rule = build_rule(settings, state.unpruned["flops"], state.validates)
     for line in (*introduction(task, data, folder), *changed.values(), *note, *beginning(task, history, folder)):
         state.log(line)
+    if distributed.is_main():
+        for line in expectation(settings, model, criterion, data.n_train_batches()):
+            state.log(line)
     if task.progress is not None:
         distributed.together(checkpoint.restore, state, task.progress)
     if history:
@@ -77,10 +90,52 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState:
     return state
 
 
-def read_task(argv: list[str] | None, held: ExitStack) -> Task:
-    """What the arguments ask for. Raises InputError where that makes no sense, or the run is in use or damaged."""
-    args = parseArguments(argv)
-    run, settings, earlier = settings_of(args)
+def plan_own_data(args: argparse.Namespace) -> dict | None:
+    """Check and plan a folder in nnU-Net's raw format, on the rank that writes: its "definition" and lines for the log.
+    None for other data, and for a run that goes on, which has its plan. Raises InputError."""
+    if args.data is None or args.data in DATASETS or args.resume or args.history or not distributed.is_main():
+        return None
+    if args.data_path:
+        raise InputError(f"--data_path {args.data_path}: --data is the folder already; leave --data_path out")
+    if args.split or args.seed_data is not None:
+        raise InputError("--split, --seed_data: own data have folds; give --fold, or write a splits_final.json")
+    cache_path = Path(args.cache_path or Settings.default("cache_path"))
+    own = own_data.plan_folder(Path(args.data), vars(args), cache_path)
+    return {"definition": raw.as_dict(own.dataset), "notes": [*own.notes, planning.table(own.plan)]}
+
+
+def show_plan(task: Task) -> None:
+    """Print the plan, and what this machine can do with it."""
+    settings = task.settings
+    data = build_dataset(settings)
+    model = build_model(settings).to(task.device)
+    for line in (*task.notes, *expectation(settings, model, build_loss(settings), data.n_train_batches())):
+        print(line)
+
+
+def expectation(settings: Settings, model: nnUNet, criterion: nn.Module, n_batches: int) -> list[str]:
+    """Lines for the log about the time and the memory that a training takes here."""
+    device = device_of(model)
+
+    def smaller(fms_init: int) -> nnUNet:
+        return build_unpruned(replace(settings, fms_init=fms_init)).to(device)
+
+    return forecast(
+        model,
+        criterion,
+        settings.batch_size,
+        settings.patch_size,
+        n_batches,
+        settings.epochs,
+        settings.fms_init,
+        smaller,
+    )
+
+
+def read_task(args: argparse.Namespace, own: dict | None, held: ExitStack) -> Task:
+    """What the arguments ask for; `own`: see `plan_own_data`. Raises InputError where that makes no sense, or the run
+    is in use or damaged."""
+    run, settings, earlier = settings_of(args, definition=own and own["definition"])
     device = find_device(settings.device)
     check_amp(settings, device)
     if run and distributed.is_main():
@@ -91,7 +146,8 @@ def read_task(argv: list[str] | None, held: ExitStack) -> Task:
         raise InputError(f"--epochs {settings.epochs}: epoch {epoch} is finished; give a larger number to go on")
     history = Path(args.history) if args.history and run is None else None
     resumes, accepts = bool(args.resume), bool(args.accept_changed_data)
-    return Task(settings, device, run, earlier, epoch, source, progress, resumes, history, accepts)
+    notes = own["notes"] if own else []
+    return Task(settings, device, run, earlier, epoch, source, progress, resumes, history, accepts, notes)
 
 
 def load(task: Task) -> tuple[nnUNet, published.History | None, Loader]:
@@ -161,7 +217,8 @@ def introduction(task: Task, data: Loader, folder: Path) -> list[str]:
     """Lines for the log about the run folder and the data."""
     name, parts = task.settings.data, ", ".join(f"{len(ids)} {part}" for part, ids in data.ids.items())
     missing = f"{name}: {data.n_missing} subjects are not on disk; the split is that of the whole data set"
-    return [f"run folder: {folder}", f"{name}: {parts}", *[missing] * (data.n_missing > 0), *data.notes]
+    lines = [f"run folder: {folder}", f"{name}: {parts}", *[missing] * (data.n_missing > 0)]
+    return [*lines, *task.notes, *data.notes]
 
 
 def beginning(task: Task, history: published.History | None, folder: Path) -> list[str]:

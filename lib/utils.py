@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lib import published
-from lib.data import DATASETS
-from lib.settings import Settings
+from lib.data import DATASETS, raw
+from lib.data.BaseDataset import BaseDataset
+from lib.settings import Settings, data_argument
 from lib.system import distributed
 from lib.system.error import InputError
 
@@ -32,6 +33,8 @@ def parseArguments(argv: list[str] | None = None, kind: type[Settings] = Setting
         default=None,
         help="go on although training or validation subjects are not those of the run any more (default: refuse)",
     )
+    plan_help = "print the plan of own data and what this machine can do with it, and train nothing (default: train)"
+    parser.add_argument_group("instead of a training").add_argument("--plan_only", action="store_true", help=plan_help)
     args = parser.parse_args(argv)
     if args.data is None and args.resume is None:
         raise InputError("--data is needed: one of " + ", ".join(sorted(DATASETS)))
@@ -42,13 +45,17 @@ def parseArguments(argv: list[str] | None = None, kind: type[Settings] = Setting
     return args
 
 
-def settings_of(args: argparse.Namespace, kind: type[Settings] = Settings) -> tuple[Path | None, Settings, dict]:
+def settings_of(
+    args: argparse.Namespace, kind: type[Settings] = Settings, definition: dict | None = None
+) -> tuple[Path | None, Settings, dict]:
     """The run folder that is continued, None for a new run; all settings of the training; and the facts that the
-    earlier run noted. What goes on from a published run is a new run.
+    earlier run noted. What goes on from a published run is a new run. `definition`: of own data, as it was planned.
 
     Raises InputError where settings do not fit one another, the earlier run, or the number of processes.
     """
-    given = vars(args)
+    given = vars(args) | {"definition": definition}
+    if definition:
+        given["data_path"] = args.data
     run, facts = Path(args.resume or args.history) if args.resume or args.history else None, {}
     if run and not args.resume and published.read_config(run) is not None:
         given, run = with_published(given, run, kind), None
@@ -68,13 +75,29 @@ def settings_of(args: argparse.Namespace, kind: type[Settings] = Settings) -> tu
     return run, settings, facts
 
 
+def dataset_of(text: str) -> BaseDataset:
+    """The data set that --data of predict.py and evaluate.py names: a known one, a folder in nnU-Net's raw format
+    (whose plan is not known), or that of a run folder.
+
+    Raises InputError if it is none of these.
+    """
+    run = Path(text)
+    if text.lower() not in DATASETS and (run / "config.json").is_file():
+        return Settings.read(run)[0].dataset
+    try:
+        name = data_argument(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--data: {error}") from error
+    return DATASETS[name] if name in DATASETS else raw.read_dataset(Path(name))
+
+
 def with_published(given: Mapping[str, Any], run: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
     """What is given, and what the published run folder `run` says of the other settings.
 
     Raises InputError if it is a run of another data set, or says what no flag accepts.
     """
     data = (published.read_config(run) or {}).get("data")
-    if data and DATASETS.get(data["name"]) is not DATASETS[given["data"]]:
+    if data and DATASETS.get(data["name"]) is not DATASETS.get(given["data"]):
         raise InputError(f"--data {given['data']}: the run {run} has {data['name'][:40]!r}; give its data set")
     said = {key: v for key, v in published.settings(run, Path(given["model_state"])).items() if given.get(key) is None}
     try:

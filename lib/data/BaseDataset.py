@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from lib.data.images import SUFFIXES, only
+from lib.data import splits
+from lib.data.images import SUFFIXES, n_channels, only
 from lib.data.normalization import Normalization
 from lib.system.error import InputError
 
@@ -166,11 +167,22 @@ class BaseDataset:
         n_train = int(len(rest) * share)
         return {"train": rest[:n_train], "validation": rest[n_train:], "test": [*test, *self.test_cases]}
 
-    def partitions(self, data_path: str | Path | None, split: str, seed_data: int) -> dict[str, list[SubjectFiles]]:
-        """{"train", "validation", "test": what is on disk of them}. Raises InputError as `files_in`, or for a wrong
-        split."""
+    def partitions(
+        self, data_path: str | Path | None, split: str, seed_data: int, fold: str | None = None
+    ) -> dict[str, list[SubjectFiles]]:
+        """{"train", "validation", "test": what is on disk of them}. With a `fold` ("0", ..., or "all", which trains on
+        all and validates with none) it decides what trains and validates, instead of the split; see
+        `lib.data.splits.fold_of`.
+
+        Raises InputError as `files_in`, or for a wrong split or fold.
+        """
         train_share(split)  # before anything is written
         found = self.files_in(data_path)
+        if fold is not None:
+            train, validation = splits.fold_of(self.folds, fold) if fold != "all" else ([f.id for f in found], ())
+            parts = {"train": train, "validation": validation}
+            tests = self.find_test(self.folders(data_path)[0]) if self.find_test else []
+            return {part: [file for file in found if file.id in ids] for part, ids in parts.items()} | {"test": tests}
         cases = self.split_cases(split, seed_data, [file.id for file in found])
         return {part: [file for file in found if self.case_of(file.id) in cases[part]] for part in cases}
 
@@ -202,7 +214,9 @@ class BaseDataset:
         )
 
     def check_channels(self, subject: str, images: Sequence[Path]) -> None:
-        """Raise InputError unless there is a file for each channel of a subject's image."""
+        """Raise InputError unless there is a file for each channel of a subject's image, or one that holds all."""
+        if len(images) == 1 and self.modalities > 1 and n_channels(images[0]) == self.modalities:
+            return
         if len(images) != self.modalities:
             raise InputError(
                 f"{images[0] if images else subject}: this image has {len(images)} of {self.modalities} channels; "

@@ -34,7 +34,7 @@ class Loader:
     data_path: the folder of the data; by default one of `BaseDataset.folders`.
     cache_path: where preprocessed volumes are kept.
     split: "a:b", the shares of the cases outside the test set to train on and to validate with; seed_data: the
-    split's seed.
+    split's seed; fold: see `BaseDataset.partitions`.
     patch_size, batch_size: those of the data set if None.
     num_workers: processes that augment; the batches are the same whatever it is. seed_train: of all that is random.
 
@@ -55,6 +55,7 @@ class Loader:
         batch_size: int | None = None,
         num_workers: int = 0,
         seed_train: int = 42,
+        fold: str | None = None,
     ):
         self.dataset = dataset
         self.patch_size = dataset.patch_size if patch_size is None else tuple(patch_size)
@@ -64,7 +65,7 @@ class Loader:
             raise InputError(f"--patch_size {self.patch_size}: {dataset.name} needs {dataset.dim[0]} positive numbers")
         if self.batch_size < 1:
             raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
-        self._files = dataset.partitions(data_path, split, seed_data)
+        self._files = dataset.partitions(data_path, split, seed_data, fold)
         self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
         found = {dataset.case_of(id_) for ids in self.ids.values() for id_ in ids}
         self.n_missing = len(set(dataset.cases or ()) - found)  # test_cases not counted

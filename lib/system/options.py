@@ -65,6 +65,11 @@ class Options:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     @classmethod
+    def default(cls, name: str) -> object:
+        """The default of a setting that depends on no other."""
+        return next(f.metadata["default"] for f in fields(cls) if f.name == name)
+
+    @classmethod
     def parser(cls) -> Parser:
         """The flags. What is not given is None: `of` fills it in."""
         parser, groups = Parser(**cls.parser_texts), {}
