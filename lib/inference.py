@@ -8,14 +8,13 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib import published
-from lib.data import images, nifti
-from lib.data.geometry import in_stored_order
+from lib.data import images
+from lib.data.geometry import Header, in_stored_order
 from lib.data.preprocessing import (
     Grid,
     Preprocessing,
@@ -36,7 +35,7 @@ from lib.system.process import check_stopped
 class Prediction(NamedTuple):
     labels: np.ndarray  # (X, Y, Z) of `images.label_type`, in the order of the file
     probabilities: np.ndarray | None  # (X, Y, Z, n_classes) float32, likewise
-    header: nib.Nifti1Header  # of the image
+    header: Header  # of the image
     source: dict  # what says which file the image was: as `lib.record.source_identity`
 
 
@@ -167,14 +166,12 @@ def settings_of_model(path: Path) -> Settings | None:
     return Settings.read(run)[0] if published.read_config(run) is None else None
 
 
-def save(
-    array: np.ndarray, header: nib.Nifti1Header, path: Path, announce: Callable[[str], None] | None = None
-) -> None:
-    """Write labels or probabilities as .nii.gz, whole or not at all; the same array gives the same bytes. `announce` is
-    told the SHA-256 of the file before it takes its place."""
+def save(array: np.ndarray, header: Header, path: Path, announce: Callable[[str], None] | None = None) -> None:
+    """Write labels or probabilities as the ending of `path` says, whole or not at all; the same array gives the same
+    bytes. `announce` is told the SHA-256 of the file before it takes its place."""
 
     def write(temporary: Path) -> None:
-        nifti.write(temporary, array, header)
+        images.write(temporary, array, header)
         if announce:
             announce(file_digest(temporary))
 

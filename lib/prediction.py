@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
-from lib.data.images import PROBABILITIES, TRUTH, stem
+from lib.data.images import NIFTI, PROBABILITIES, TRUTH, stem
 from lib.data.nifti import scale_note
 from lib.inference import Prediction, Predictor, save, settings_of_model
 from lib.models import compile_model, load_model
@@ -139,7 +139,7 @@ def input_images(source: Path, dataset: BaseDataset) -> dict[str, Images]:
         return {file.id: file.images for file in near}
     images, left_out = {}, 0
     for path in sorted(source.iterdir()) if source.is_dir() else [source]:
-        name = stem(path)
+        name = stem(path, NIFTI)
         if name is None:
             continue
         if source.is_dir() and name.lower().endswith((TRUTH, PROBABILITIES)):

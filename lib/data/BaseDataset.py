@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from lib.data import splits
-from lib.data.images import SUFFIXES, n_channels, only
+from lib.data.images import NIFTI, n_channels, only
 from lib.data.normalization import Normalization
 from lib.system.error import InputError
 
@@ -235,8 +235,7 @@ def subject_files(subject: str, folder: Path, images: Iterable[str], labels: Ite
     Raises InputError if two files claim to be the image, or the ground truth.
     """
     image, label = (
-        only(subject, (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES))
-        for names in (images, labels)
+        only(subject, (folder / f"{name}{suffix}" for name in names for suffix in NIFTI)) for names in (images, labels)
     )
     return SubjectFiles(subject, (image,) if image else (), label)
 

@@ -38,15 +38,31 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PlainHeader:
+    """What a file that is no NIfTI file says of its voxels. n_axes: those that it stores; a flat image has 2."""
+
+    geometry: Geometry
+    n_axes: int = 3
+
+
+Header = nib.Nifti1Header | PlainHeader  # what it takes to write a prediction under the geometry of its image
+
+
+@dataclass(frozen=True)
 class Volume:
     """A volume and its file. array: (X, Y, Z); header: as stored, nothing mended; n_bytes, sha256: of the file."""
 
     path: Path
     array: np.ndarray
     geometry: Geometry
-    header: nib.Nifti1Header
+    header: Header
     n_bytes: int
     sha256: str
+
+
+def codes(geometry: Geometry) -> str:
+    """Where the stored axes lead to, such as "LPS": each to the nearest direction of the world."""
+    return "".join(nib.aff2axcodes(from_matvec(geometry.directions)))
 
 
 # --- what a header says -----------------------------------------------------------------------------------------------
@@ -127,7 +143,7 @@ def aligned(volume: Volume, to: Volume) -> Volume:
     moved = (here.affine - there.affine)[:3]
     distance = np.linalg.norm(moved[:, :3] @ corners + moved[:, 3:], axis=0).max()
     if here.shape != there.shape or distance > GRID_TOLERANCE * min(there.spacing_mm):
-        axes = ["".join(nib.aff2axcodes(one.geometry.affine)) for one in (volume, to)]
+        axes = [codes(one.geometry) for one in (volume, to)]
         raise InputError(
             f"{volume.path}: lies elsewhere in the world than {to.path} (by up to {distance:.3g} mm; voxels of "
             f"{in_words(here.spacing_mm)} and {in_words(there.spacing_mm)} mm, axes {axes[0]} and {axes[1]}); mend "

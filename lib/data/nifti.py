@@ -6,7 +6,8 @@ import hashlib
 import io
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -31,12 +32,26 @@ def read(path: str | Path) -> Volume:
     damaged (a wrong gzip checksum, other bytes after its end), has voxels that are no real numbers, or has no sound
     voxel size or directions.
     """
-    path = Path(path)
+    return _read(Path(path), _spatial_shape)
+
+
+def read_channels(path: str | Path) -> list[Volume]:
+    """As `read`, of a file (X, Y, Z, channel): a volume for each channel, under a header of three axes."""
+    whole = _read(Path(path), _shape_with_channels)
+    if whole.array.ndim == 3:
+        return [whole]
+    header = whole.header.copy()
+    header.set_data_shape(whole.geometry.shape)
+    return [replace(whole, array=whole.array[..., i], header=header) for i in range(whole.array.shape[3])]
+
+
+def _read(path: Path, shape_of: Callable[[Path, nib.Nifti1Header], tuple[int, ...]]) -> Volume:
+    """`read`, of the axes that `shape_of` finds in a header."""
     try:
         content = path.read_bytes()
         with _opened(path, io.BytesIO(content)) as stream:
             header = _read_header(stream)
-            shape, dtype = _spatial_shape(path, header), header.get_data_dtype()
+            shape, dtype = shape_of(path, header), header.get_data_dtype()
             if dtype.kind not in "buif":
                 raise InputError(f"{path}: its voxels are {dtype}, not real numbers; convert it to a grey-scale image")
             array = _read_voxels(stream, dtype, shape, len(content))
@@ -44,22 +59,28 @@ def read(path: str | Path) -> Volume:
         slope, inter = header.get_slope_inter()
         if slope is not None and (slope, inter) != (1, 0):
             array = apply_read_scaling(array, slope, inter)
-        geometry = of_header(path, header, shape)
+        geometry = of_header(path, header, shape[:3])
         return Volume(path, array, geometry, header, len(content), hashlib.sha256(content).hexdigest())
     except InputError:
         raise
     except Exception as error:  # nibabel, gzip and zlib raise a dozen types for broken files
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_geometry(path: str | Path) -> Geometry:
-    """The geometry of a file, without its voxels. Raises InputError as `read`, for what the header shows."""
+    """The geometry of a file, without its voxels. Raises InputError as `read_channels`, for what the header shows."""
     header = _header_of(Path(path))
-    return of_header(path, header, _spatial_shape(path, header))
+    return of_header(path, header, _shape_with_channels(path, header)[:3])
 
 
-def write(path: Path, array: np.ndarray, original: nib.Nifti1Header) -> None:
-    """Write an array as .nii.gz under the header of a file: both affines, their codes, pixdim and units to the bit.
+def n_channels(path: str | Path) -> int:
+    """How many volumes `read_channels` gives, by the header alone. Raises InputError."""
+    return (*_shape_with_channels(path, _header_of(Path(path))), 1)[3]
+
+
+def write(path: Path, array: np.ndarray, original: nib.Nifti1Header, compress: bool = True) -> None:
+    """Write an array as .nii.gz, or else .nii, under the header of a file: both affines, their codes, pixdim and units
+    to the bit.
 
     array: (X, Y, Z), which gets the stored shape (more axes of size 1), or (X, Y, Z, n); unscaled. Equal arrays give
     equal bytes. Raises OSError.
@@ -74,8 +95,12 @@ def write(path: Path, array: np.ndarray, original: nib.Nifti1Header) -> None:
     image = kind(array, None, header)
     for field in GEOMETRY:  # nibabel mends some of them
         image.header[field] = original[field]
-    with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
-        image.to_stream(stream)
+    with open(path, "wb") as file:
+        if not compress:
+            image.to_stream(file)
+            return
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
+            image.to_stream(stream)
 
 
 def create(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
@@ -85,6 +110,16 @@ def create(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     nib.save(image, path)
+
+
+def header_of(geometry: Geometry) -> nib.Nifti1Header:
+    """A header that says where these voxels are: by its sform and its qform, in mm."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(geometry.shape)
+    header.set_xyzt_units("mm")
+    header.set_qform(geometry.affine, 1)
+    header.set_sform(geometry.affine, 1)
+    return header
 
 
 # --- for the log, and to measure against ------------------------------------------------------------------------------
@@ -122,11 +157,12 @@ def _opened(path: Path, file: io.BufferedIOBase) -> io.BufferedIOBase:
     return igzip.open(file) if path.name.endswith(".gz") else file
 
 
-def _unreadable(path: str | Path, error: Exception) -> InputError:
+def unreadable(path: str | Path, error: Exception, kind: str = "a NIfTI image") -> InputError:
+    """The error in one line, of whatever was raised while a file was read."""
     if isinstance(error, OSError) and error.strerror:
         return InputError(f"{path}: cannot be read ({error.strerror})")
     reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{path}: cannot be read as a NIfTI image ({reason}); restore it from where it came")
+    return InputError(f"{path}: cannot be read as {kind} ({reason}); restore it from where it came")
 
 
 def _header_of(path: Path) -> nib.Nifti1Header:
@@ -135,7 +171,7 @@ def _header_of(path: Path) -> nib.Nifti1Header:
         with open(path, "rb") as file, _opened(path, file) as stream:
             return _read_header(stream)
     except Exception as error:  # as in `read`
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read_header(stream: io.BufferedIOBase) -> nib.Nifti1Header:
@@ -167,8 +203,15 @@ def _spatial_shape(path: str | Path, header: nib.Nifti1Header) -> tuple[int, int
     return shape[:3]
 
 
+def _shape_with_channels(path: str | Path, header: nib.Nifti1Header) -> tuple[int, ...]:
+    """(X, Y, Z), or (X, Y, Z, C) where one more axis has more than one voxel. Raises InputError."""
+    shape = tuple(int(size) for size in header.get_data_shape())
+    more = [size for size in shape[3:] if size > 1]
+    return (*shape[:3], *more) if len(more) == 1 and min(shape) >= 1 else _spatial_shape(path, header)
+
+
 def _read_voxels(stream: io.BufferedIOBase, dtype: np.dtype, shape: tuple[int, ...], n_stored: int) -> np.ndarray:
-    """(X, Y, Z) in Fortran's order and the machine's byte order, from a file of `n_stored` bytes."""
+    """(X, Y, Z, ...) in Fortran's order and the machine's byte order, from a file of `n_stored` bytes."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes > EXPANSION * n_stored:
         raise EOFError(f"its {n_bytes} bytes of voxels cannot be in {n_stored}")

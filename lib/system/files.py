@@ -23,7 +23,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
 SUMS = "SHA256SUMS"
 MOMENT_S = 0.2  # that another command may take to end
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -66,6 +66,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = 
         raise InputError(f"{path}: exists already; give --overwrite or another --output") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def final_name(path: Path) -> str:
+    """The name that a temporary file of `write_atomically` will get; of any other file the one that it has."""
+    temporary = TEMPORARY.fullmatch(path.name)
+    return temporary[1] if temporary else path.name
 
 
 def check_writable(path: Path, flag: str) -> None:
