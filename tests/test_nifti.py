@@ -1,9 +1,7 @@
-"""The one reader and writer: integrity, labels, what is written and named."""
+"""NIfTI files: integrity, voxels as nibabel has them, and what is written."""
 
 import gzip
 import struct
-import subprocess
-import sys
 import zlib
 
 import nibabel as nib
@@ -17,6 +15,7 @@ from lib.data import images, nifti
 from lib.system.error import InputError
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
+LABELS = np.arange(60).reshape(SHAPE) % 4
 
 
 # ---- integrity
@@ -98,6 +97,33 @@ def test_what_is_not_one_volume(tmp_path, shape):
         nifti.read(path)
 
 
+def test_a_fourth_axis_holds_the_channels(tmp_path):
+    array = np.arange(120, dtype=">i2").reshape(4, 5, 6, 1)
+    array = np.concatenate([array, -array], 3)
+    for shape in ((4, 5, 6, 2), (4, 5, 6, 1, 2)):
+        image = nib.Nifti1Image(array.reshape(shape), np.diag([1.5, 2, 3, 1]))
+        image.header.set_slope_inter(0.5, 3)
+        path = tmp_path / "a.nii.gz"
+        nib.save(image, path)
+        expected = nib.load(path).get_fdata().reshape(4, 5, 6, 2)
+        channels = nifti.read_channels(path)
+        assert nifti.n_channels(path) == len(channels) == 2 and nifti.read_geometry(path).shape == (4, 5, 6)
+        for i, volume in enumerate(channels):
+            np.testing.assert_allclose(volume.array, expected[..., i])
+            assert volume.header.get_data_shape() == volume.geometry.shape == (4, 5, 6)
+            assert volume.array.flags.f_contiguous
+    alone = write(tmp_path / "b.nii")
+    assert nifti.n_channels(alone) == len(nifti.read_channels(alone)) == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 2, 3)])
+def test_what_is_not_one_volume_for_each_channel(tmp_path, shape):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), tmp_path / "a.nii.gz")
+    for reader in (nifti.read_channels, nifti.n_channels, nifti.read_geometry):
+        with pytest.raises(InputError, match=r"must be one 3D volume, but its shape is \("):
+            reader(tmp_path / "a.nii.gz")
+
+
 def test_voxels_that_are_no_real_numbers(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.complex64), np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(InputError, match="complex64, not real numbers"):
@@ -128,87 +154,6 @@ def test_scaled_intensities_are_those_of_nibabel(tmp_path):
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array, expected)
     np.testing.assert_array_equal(images.read_image(write(path, scl_slope=0, scl_inter=5)).array, VOXELS)  # no scaling
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_images_are_finite_and_not_all_the_same(tmp_path, value):
-    array = VOXELS.astype(np.float32)
-    array[1, 2, 0] = value
-    with pytest.raises(InputError, match="NaN or infinite"):
-        images.read_image(write(tmp_path / "a.nii", array))
-    with pytest.raises(InputError, match="all voxels are 7"):
-        images.read_image(write(tmp_path / "a.nii", np.full(SHAPE, 7, np.uint8)))
-
-
-def test_reading_loads_no_torch():
-    code = "import sys, lib.data.nifti, lib.evaluation; sys.exit('torch' in sys.modules or 'torchio' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- labels
-
-LABELS = np.arange(60).reshape(SHAPE) % 4
-
-
-@pytest.mark.parametrize(("slope", "inter"), [(0.99999, 0), (1.0001, 0), (1, 0.0009), (0.5, 0)])
-def test_what_lies_near_a_label_is_this_label(tmp_path, slope, inter):
-    stored = (LABELS * (2 if slope == 0.5 else 1)).astype(np.uint8)
-    volume = images.read_label(write(tmp_path / "a.nii.gz", stored, scl_slope=slope, scl_inter=inter), 4)
-    assert volume.array.dtype == np.uint8
-    np.testing.assert_array_equal(volume.array, LABELS)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16, np.int8])
-def test_labels_of_any_type(tmp_path, dtype):
-    values = LABELS.astype(dtype) + (np.float32(1e-7) if np.dtype(dtype).kind == "f" else 0)
-    np.testing.assert_array_equal(images.read_label(write(tmp_path / "a.nii", values.astype(dtype)), 4).array, LABELS)
-
-
-@pytest.mark.parametrize(
-    ("value", "dtype", "named"),
-    [
-        (4, np.uint8, "4"),
-        (-1, np.int16, "-1"),
-        (256, np.int32, "256"),
-        (1.5, np.float32, "1.5"),
-        (1.002, np.float64, "1.002"),
-        (0.9985, np.float64, "0.9985"),
-        (3.9999, np.float64, "3.9999"),
-        (-0.4, np.float32, "-0.4000000059604645"),
-        (np.nan, np.float32, "nan"),
-        (np.inf, np.float64, "inf"),
-        (1e30, np.float32, "1.0000000150474662e+30"),
-    ],
-)
-def test_other_values_are_named_with_all_their_digits(tmp_path, value, dtype, named):
-    values = LABELS.astype(dtype)
-    values[0, 0, :2] = value
-    with pytest.raises(InputError) as error:
-        images.read_label(write(tmp_path / "a.nii.gz", values), 4)
-    path = tmp_path / "a.nii.gz"
-    assert str(error.value).startswith(
-        f"{path}: has the label {named} in 2 voxels, but the labels of this data set are"
-    )
-
-
-def test_some_labels_count_as_others(tmp_path):
-    path = write(tmp_path / "a.nii", LABELS.astype(np.uint8))
-    np.testing.assert_array_equal(images.read_label(path, 3, {3: 1}).array, np.where(LABELS == 3, 1, LABELS))
-    np.testing.assert_array_equal(images.read_label(path, 2, {2: 0, 3: 1}).array, LABELS % 2)
-    with pytest.raises(InputError, match="label 2 in 15 voxels"):
-        images.read_label(path, 2, {3: 1})
-
-
-@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
-def test_more_labels_than_a_byte_holds(tmp_path, dtype):
-    path = write(tmp_path / "a.nii.gz", np.resize([0, 255, 256, 300], SHAPE).astype(dtype))
-    for n_classes, merged, kind, expected in [
-        (301, {}, np.int16, [0, 255, 256, 300]),
-        (256, {256: 1, 300: 2}, np.uint8, [0, 255, 1, 2]),
-    ]:
-        labels = images.read_label(path, n_classes, merged).array
-        assert labels.dtype == kind == images.label_type(n_classes) and labels.flags.f_contiguous
-        np.testing.assert_array_equal(labels, np.resize(expected, SHAPE))
 
 
 # ---- writing
@@ -255,15 +200,3 @@ def test_the_log_names_a_disagreement_on_the_voxel_size_once(tmp_path):
     )
     assert nifti.scale_note([agree, first, second]).startswith(f"{first} (and 1 more files): ")
     assert nifti.scale_note([write(tmp_path / "c.nii", **unit, sform_code=0, qform_code=1)]) is None
-
-
-# ---- names
-
-
-def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path):
-    assert images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) is None
-    (tmp_path / "a.nii").touch()
-    assert images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"]) == tmp_path / "a.nii"
-    (tmp_path / "a.nii.gz").touch()
-    with pytest.raises(InputError, match=r"^case: both .*a\.nii\.gz and .*a\.nii are there"):
-        images.only("case", [tmp_path / "a.nii.gz", tmp_path / "a.nii"])

@@ -20,6 +20,7 @@ from lib.system.files import final_name
 NIFTI = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI, *itk.READERS, *pictures.FORMATS)
 TRUTH, PROBABILITIES = "_gt", "_probabilities"  # ends of the names of files that are neither images nor predictions
+LARGEST = {".bmp": 255, ".gipl": 65535} | dict.fromkeys((".png", ".tif", ".tiff"), 65535)  # label that a type holds
 LABEL_TOLERANCE = 0.001  # a scaled or float value so near to a whole number is this label
 
 
@@ -59,7 +60,7 @@ def n_channels(path: str | Path) -> int:
 
 def _reader(path: str | Path):
     """The module that knows files of this name; NIfTI's says what is wrong with the others."""
-    suffix = _suffix(final_name(Path(path)))
+    suffix = _suffix(Path(path).name)
     return itk if suffix in itk.READERS else pictures if suffix in pictures.FORMATS else nifti
 
 
@@ -170,16 +171,18 @@ def write(path: Path, array: np.ndarray, header: Header, values: Collection[int]
     if values:
         array = np.array(values, np.min_scalar_type(max(values)))[array]
     suffix = _suffix(final_name(path))
-    if suffix in itk.READERS or suffix in pictures.FORMATS:
-        if not isinstance(header, PlainHeader):
-            header = PlainHeader(of_header(path, header, header.get_data_shape()[:3]))
-        if suffix in itk.READERS:
-            itk.write(path, array, header, suffix)
-        else:
-            pictures.write(path, array, suffix)
+    if suffix in pictures.FORMATS and array.shape[2] > 1:
+        raise InputError(f"{path}: {suffix} files cannot hold {array.shape[2]} slices; give another file_ending")
+    if suffix in LARGEST and array.max() > LARGEST[suffix]:
+        raise InputError(f"{path}: {suffix} files cannot hold the label {array.max()}; give another file_ending")
+    plain = isinstance(header, PlainHeader)
+    if suffix in pictures.FORMATS:
+        pictures.write(path, array, suffix)
+    elif suffix in itk.READERS:
+        header = header if plain else PlainHeader(of_header(path, header, header.get_data_shape()[:3]))
+        itk.write(path, array, header, suffix)
     else:
-        header = nifti.header_of(header.geometry) if isinstance(header, PlainHeader) else header
-        nifti.write(path, array, header, compress=suffix != ".nii")
+        nifti.write(path, array, nifti.header_of(header.geometry) if plain else header, compress=suffix != ".nii")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ SimpleITK is imported where it is needed: processes that read NIfTI files alone 
 import hashlib
 import math
 import re
+import tempfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ READERS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".gipl": "GiplImageIO"
 LPS = np.array([-1.0, -1.0, 1.0])  # ITK's world, in RAS
 FAR = 999  # the size of a flat image's third axis, in its largest voxel sizes: nnU-Net's
 HEAD = 2**20  # bytes, which no header exceeds
+ELSEWHERE = re.compile(rb"^data ?file:", re.IGNORECASE | re.MULTILINE)
 HEADERS = {  # from the start of a file up to its voxels
     ".mha": re.compile(rb"\s*\w+\s*=.*?\nElementDataFile\s*=\s*LOCAL[ \t]*\r?\n", re.DOTALL),
     ".nrrd": re.compile(rb"NRRD000\d\r?\n.*?\r?\n\r?\n", re.DOTALL),
@@ -76,14 +78,13 @@ def write(path: Path, array: np.ndarray, header: PlainHeader, suffix: str) -> No
     image.SetSpacing(spacing_mm[:n])
     image.SetDirection((LPS[:, None] * directions)[:n, :n].ravel().tolist())
     image.SetOrigin((LPS * origin_mm)[:n].tolist())
-    writer = itk.ImageFileWriter()
-    writer.SetFileName(str(path))
-    writer.SetImageIO(READERS[suffix])
-    writer.SetUseCompression(True)
-    try:
-        writer.Execute(image)
-    except RuntimeError as error:
-        raise OSError(_reason(error)) from error
+    with tempfile.TemporaryDirectory() as folder:  # ITK goes by the file's name
+        name = Path(folder, f"labels{suffix}")
+        try:
+            itk.WriteImage(image, str(name), useCompression=True, imageIO=READERS[suffix])
+        except RuntimeError as error:
+            raise OSError(_reason(error)) from error
+        path.write_bytes(name.read_bytes())
 
 
 def _itk() -> Any:
@@ -109,7 +110,8 @@ def _header_of(path: Path) -> tuple[Any, PlainHeader, int]:
 
 def _header(path: Path, head: bytes) -> tuple[Any, PlainHeader, int]:
     """SimpleITK's reader of the file that begins with `head`, what its header says, and how many channels it has."""
-    if not HEADERS[path.suffix].match(head[:HEAD]):  # ITK's own readers say so in many lines
+    begin = HEADERS[path.suffix].match(head[:HEAD])
+    if not begin or ELSEWHERE.search(begin[0]):  # ITK's own readers say so in many lines
         raise ValueError(f"it has no {path.suffix} header, or its voxels are in another file")
     itk = _itk()
     reader = itk.ImageFileReader()

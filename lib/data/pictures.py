@@ -59,16 +59,10 @@ def n_channels(path: str | Path) -> int:
 
 
 def write(path: Path, array: np.ndarray, suffix: str) -> None:
-    """Write labels (X, Y, 1) as a file of the type `suffix`, without loss. Equal arrays give equal bytes.
-
-    Raises InputError for more than one slice, or labels that the type cannot hold; OSError.
-    """
+    """Write labels (X, Y, 1) as a file of the type `suffix`, without loss. Equal arrays give equal bytes. Raises
+    OSError."""
     from PIL import Image
 
-    largest = 255 if suffix == ".bmp" else 65535
-    if array.shape[2] != 1 or array.max() > largest:
-        why = f"{array.shape[2]} slices" if array.shape[2] != 1 else f"the label {array.max()}"
-        raise InputError(f"{path}: {suffix} files cannot hold {why}; give a data set another file_ending")
     array = array[..., 0].T.astype(np.uint8 if array.max() <= 255 else np.uint16)
     compression = {"compression": "tiff_adobe_deflate"} if FORMATS[suffix] == "TIFF" else {}
     Image.fromarray(array).save(path, FORMATS[suffix], **compression)
