@@ -1,57 +1,132 @@
 #!/usr/bin/env python3
 """Compare predictions with the ground truth: python evaluate.py --data acdc --pred out/predictions"""
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lib.data import DATASETS
+from lib.data.BaseDataset import BaseDataset
 from lib.data.nifti import scale_note
-from lib.evaluation import Rules, evaluate, find_pairs, format_table, read_model_summary
+from lib.evaluation import (
+    Rules,
+    empty_truths,
+    evaluate,
+    find_own_pairs,
+    find_pairs,
+    format_table,
+    nnunet_summary,
+    read_model_summary,
+)
 from lib.metric import TOLERANCE_MM
 from lib.record import foreign_files, mixed_jobs
-from lib.system.cli import Parser, number, one_of, run_script
+from lib.system.cli import Parser, nearest, number, run_script
 from lib.system.error import InputError
-from lib.system.files import check_writable, write_json
+from lib.system.files import check_writable, write_json, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as `argv` says; returns the exit code of `run_script`."""
     parser = Parser(prog="evaluate.py", description="Compare predictions with the ground truth.")
     add = parser.add_argument
-    add("--data", required=True, **one_of(DATASETS), help="the data set whose classes these are (required)")
-    add("--pred", required=True, type=Path, help="folder of the predictions, <id>.nii.gz (required)")
+    add(
+        "--data",
+        required=True,
+        help=f"whose classes these are: {', '.join(sorted(DATASETS))}, a folder in nnU-Net's raw format, or a run "
+        "folder (required)",
+    )
+    add(
+        "--pred",
+        required=True,
+        type=Path,
+        help="folder of the predictions, <id>.nii.gz or of another ending (required)",
+    )
     add("--gt", type=Path, help="folder of the ground truth, as the data set's or flat (default: the data set's own)")
+    add("--summary", type=Path, metavar="FILE", help="write nnU-Net's summary.json to this file, too (default: do not)")
     add("--output", type=Path, default=Path("results.json"), help="the JSON file to write (default: results.json)")
     add("--tolerance", type=number(float, 0, 1e6), default=TOLERANCE_MM, help="of the surface Dice, mm (default: 1.64)")
     add("--num_workers", type=number(int, 1, 1024), default=os.cpu_count(), help="processes (default: one per core)")
-    add("--overwrite", action="store_true", help="replace an existing --output (default: refuse)")
+    add("--overwrite", action="store_true", help="replace an existing --output and --summary (default: refuse)")
 
     def run() -> None:
         args = parser.parse_args(argv)
-        if args.output.exists() and not args.overwrite:
-            raise InputError(f"--output {args.output}: exists already; give --overwrite or another --output")
-        check_writable(args.output, "--output")
-        dataset = DATASETS[args.data]
-        folders = dataset.folders(args.gt)
-        found = find_pairs(args.pred, next(filter(Path.is_dir, folders), folders[0]), dataset.find)
-        rules = Rules(dataset.n_classes, args.tolerance, dataset.merged_labels, dataset.regions)
+        outputs = {"--output": args.output} | ({"--summary": args.summary} if args.summary else {})
+        for flag, path in outputs.items():
+            if path.exists() and not args.overwrite:
+                raise InputError(f"{flag} {path}: exists already; give --overwrite or another {flag}")
+            check_writable(path, flag)
+        if args.summary and args.summary.absolute() == args.output.absolute():
+            raise InputError(f"--summary {args.summary}: is --output, too; give another file")
+        dataset, folder = find_dataset(args.data)
+        folders = dataset.folders(args.gt or folder)
+        truths = next(filter(Path.is_dir, folders), folders[0])
+        if dataset in DATASETS.values():
+            found = find_pairs(args.pred, truths, dataset.find)
+        else:
+            found = find_own_pairs(args.pred, truths, dataset)
+        rules = Rules(
+            dataset.n_classes,
+            args.tolerance,
+            dataset.merged_labels,
+            dataset.regions,
+            dataset.values,
+            dataset.ignore,
+        )
         summary = read_model_summary(args.pred)
         names = [prediction.name for prediction, _ in found.pairs.values()]
         if mixed := mixed_jobs(args.pred, names):
             raise InputError(f"--pred {args.pred}: {mixed}; finish with predict.py --skip_existing, or --overwrite all")
         results = evaluate(found.pairs, rules, args.num_workers)
-        try:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.output, results, replace=args.overwrite)
-        except OSError as error:
-            raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
+        write("--output", args.output, partial(write_json, content=results, replace=args.overwrite))
+        if args.summary:
+            text = json.dumps(nnunet_summary(results, found.pairs, dataset.values), indent=4, sort_keys=True)
+            write("--summary", args.summary, partial(write_text, text=text, replace=args.overwrite))
         print(format_table(results, dataset.class_names, summary))
+        for line in empty_truths(results, found.pairs, dataset.class_names):
+            print(line)
         note = scale_note(path for pair in found.pairs.values() for path in pair)
         for line in [*found.notes(), *foreign_files(args.pred, names), *([note] if note else [])]:
             print(line)
 
     return run_script(run)
+
+
+def find_dataset(data: str) -> tuple[BaseDataset, Path | None]:
+    """The data set that --data names, and the folder of own data, if it is known: a built-in data set by its name, a
+    folder in nnU-Net's raw format, or a run folder, whose data set it is.
+
+    Raises InputError.
+    """
+    known = {name.lower(): dataset for name, dataset in DATASETS.items()}
+    folder = Path(data)
+    if data.lower() in known:
+        return known[data.lower()], None
+    if (folder / "config.json").is_file():
+        from lib.settings import Settings
+
+        settings = Settings.read(folder)[0]
+        is_own = settings.dataset not in DATASETS.values()
+        return settings.dataset, Path(settings.data_path) if is_own and settings.data_path else None
+    if (folder / "dataset.json").is_file():
+        from lib.data import raw
+
+        return raw.read_dataset(folder), folder
+    raise InputError(
+        f"--data {data}: is no data set{nearest(data, known)} (known: {', '.join(sorted(DATASETS))}), no folder with "
+        "dataset.json, and no run folder"
+    )
+
+
+def write(flag: str, path: Path, to: Callable[[Path], None]) -> None:
+    """Write a file of results, and the folders that it is in. Raises InputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to(path)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -4,25 +4,29 @@ Neither this module nor what it imports needs torch, so that worker processes st
 """
 
 import json
+import math
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from lib.data.BaseDataset import SubjectFiles
-from lib.data.geometry import aligned
-from lib.data.images import PROBABILITIES, SUFFIXES, TRUTH, only, read_label, stem
+from lib.data.BaseDataset import BaseDataset, SubjectFiles
+from lib.data.geometry import aligned, is_flat
+from lib.data.images import NIFTI, PROBABILITIES, TRUTH, only, read_geometry, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text
 from lib.system.process import check_stopped, worker_pool
 
 FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
+TRUTHS = ("labelsTr", "labelsTs", ".")  # where a folder in nnU-Net's raw format keeps them, or any folder
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
 
@@ -32,13 +36,16 @@ class Rules:
     """How label maps are read and compared.
 
     merged_labels: other values that files may have, and the labels they count as. regions: unions of labels that are
-    evaluated as one, by name. tolerance_mm: of the surface Dice.
+    evaluated as one, by name. tolerance_mm: of the surface Dice. values: what stands in the files for each class; none:
+    0, 1, 2, ... ignore: what stands in truths where voxels do not count.
     """
 
     n_classes: int
     tolerance_mm: float = TOLERANCE_MM
     merged_labels: dict[int, int] = field(default_factory=dict)
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    values: tuple[int, ...] = ()
+    ignore: int | None = None
 
 
 class Pairs(NamedTuple):
@@ -79,24 +86,17 @@ def find_pairs(
     Raises InputError if there is no prediction, one has no ground truth, or two files claim to be the same thing.
     """
     predictions, truths = Path(predictions).resolve(), Path(truths).resolve()
-    if not predictions.is_dir():
-        raise InputError(f"--pred {predictions}: no such folder; give the one that holds the predictions")
-    named = [path for path in sorted(predictions.glob("*.nii*")) if stem(path)]
-    left_out = [path for path in named if stem(path).lower().endswith(TRUTH)]
-    files = [path for path in named if path not in left_out and not stem(path).endswith(PROBABILITIES)]
-    if not files:
-        raise InputError(f"--pred {predictions}: no predictions <subject>.nii.gz there; predict first")
-    if not truths.is_dir():
-        raise InputError(f"--gt {truths}: no such folder; give the one that holds the ground truth")
+    named = _named(predictions, NIFTI)
+    left_out = [path for path, name in named.items() if name.lower().endswith(TRUTH)]
+    files = {path: name for path, name in named.items() if path not in left_out and not name.endswith(PROBABILITIES)}
+    _check_there(predictions, files, truths, "<subject>.nii.gz")
     own: dict[str, Path] = {}  # what `find` has found
     pairs: dict[str, tuple[Path, Path]] = {}
     cases: dict[str, Path] = {}
-    flat = {stem(path) for path in set(truths.glob("*.nii*")) - set(files) if stem(path)}
+    flat = {name for path, name in _named(truths, NIFTI).items() if path not in files}
     marked = {name for name in flat if name.lower().endswith(TRUTH)}  # beside them, others are images
-    for path in files:
-        if stem(path) in RESERVED:
-            raise InputError(f"{path}: the results use this name for something else; rename the file")
-        case = _case(stem(path))
+    for path, name in files.items():
+        case = _case(name)
         if cases.setdefault(case, path) != path:
             raise InputError(f"--pred: {case}: both {cases[case]} and {path} are there; take away the one not meant")
         truth = _find_truth(path, case, truths, not marked)
@@ -108,10 +108,55 @@ def find_pairs(
                 f"{path}: no ground truth of this name in {truths} (--gt); looked for {case}{TRUTH}.nii.gz, "
                 f"{case.split('_')[0]}/{case}{TRUTH}.nii.gz, ..."
             )
-        pairs[stem(path)] = path, truth
+        pairs[name] = path, truth
     flat_truths = {name[: -len(TRUTH)] for name in marked} or flat
     alone = sorted((own.keys() or _all_truths(truths, flat_truths)) - cases.keys())
     return Pairs(pairs, alone, left_out)
+
+
+def find_own_pairs(predictions: Path, truths: Path, dataset: BaseDataset) -> Pairs:
+    """As `find_pairs`, of a data set in nnU-Net's raw format: the predictions `<id><file_ending>`.
+
+    The ground truth of the same name is in `truths`/labelsTr, labelsTs or `truths` itself, or else where the data set's
+    `find` says.
+    """
+    predictions, truths = Path(predictions).resolve(), Path(truths).resolve()
+    ending = dataset.file_ending
+    files = {path: name for path, name in _named(predictions, [ending]).items() if not name.endswith(PROBABILITIES)}
+    _check_there(predictions, files, truths, f"<id>{ending}")
+    listed = {file.id: file.label.resolve() for file in dataset.find(truths) if file.label}
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for path, name in files.items():
+        places = (truths / folder / f"{name}{ending}" for folder in TRUTHS)
+        truth = only(f"--gt: {name}", (place for place in places if place.resolve() != path)) or listed.get(name)
+        if truth is None:
+            raise InputError(
+                f"{path}: no ground truth of this name in {truths} (--gt); looked for labelsTr/{name}{ending} and "
+                f"{name}{ending}"
+            )
+        pairs[name] = path, truth
+    names = {label: name for name, label in listed.items()}
+    beside = (_named(folder, [ending]) for folder in {truth.parent for _, truth in pairs.values()})
+    alone = {names.get(path.resolve(), name) for found in beside for path, name in found.items() if path not in files}
+    return Pairs(pairs, sorted(alone - pairs.keys()), [])
+
+
+def _named(folder: Path, suffixes: Collection[str]) -> dict[Path, str]:
+    """The files in a folder with one of these endings, sorted, and their names without it."""
+    names = {path: stem(path, suffixes) for path in sorted(folder.glob("*"))}
+    return {path: name for path, name in names.items() if name}
+
+
+def _check_there(predictions: Path, files: dict[Path, str], truths: Path, pattern: str) -> None:
+    """Raise InputError unless there are predictions, whose names the results can have, and a folder of truths."""
+    if not predictions.is_dir():
+        raise InputError(f"--pred {predictions}: no such folder; give the one that holds the predictions")
+    if not files:
+        raise InputError(f"--pred {predictions}: no predictions {pattern} there; predict first")
+    if not truths.is_dir():
+        raise InputError(f"--gt {truths}: no such folder; give the one that holds the ground truth")
+    for path in (path for path, name in files.items() if name in RESERVED):
+        raise InputError(f"{path}: the results use this name for something else; rename the file")
 
 
 def _case(subject: str) -> str:
@@ -124,7 +169,7 @@ def _find_truth(prediction: Path, case: str, truths: Path, unmarked: bool) -> Pa
     nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
     wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
     for names in (wanted, [case] * unmarked):
-        paths = [truths / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        paths = [truths / f"{name}{suffix}" for name in names for suffix in NIFTI]
         if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
             return found
     return None
@@ -136,7 +181,7 @@ def _all_truths(truths: Path, flat: set[str]) -> set[str]:
     found = set(flat)
     for folder in FOLDERS:
         for path in (truths / folder).glob("*/*.nii*"):
-            name = stem(path) or ""
+            name = stem(path, NIFTI) or ""
             if name.endswith(TRUTH) and path.parent.name == name.split("_")[0]:
                 found.add(name.removesuffix(TRUTH))
             elif name in ("segmentation", "aggregated_MAJ_seg"):
@@ -148,12 +193,17 @@ def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list
     """`lib.metric.label_metrics` of two files, with the spacing of `truth`.
 
     Where `rules` have regions there is one key more, "challenge": {region: {metric: value}}, each region evaluated as
-    one mask. Raises InputError if a file is no label map, or the two do not lie at one place in the world; the order of
-    their axes does not matter.
+    one mask. Voxels that the truth says to ignore count as none of TP, TN, FP and FN; for the surfaces they are
+    background in both. Raises InputError if a file is no label map, or the two do not lie at one place in the world;
+    the order of their axes does not matter.
     """
-    predicted, true = (read_label(path, rules.n_classes, rules.merged_labels) for path in (prediction, truth))
+    predicted = read_label(prediction, rules.n_classes, rules.merged_labels, rules.values)
+    true = read_label(truth, rules.n_classes, rules.merged_labels, rules.values, rules.ignore)
     predicted, true, spacing_mm = aligned(predicted, true).array, true.array, true.geometry.spacing_mm
-    by_class = label_metrics(predicted, true, spacing_mm, rules.n_classes, rules.tolerance_mm)
+    ignored = true == rules.n_classes
+    if n_ignored := int(np.count_nonzero(ignored)):
+        predicted, true = (np.where(ignored, labels.dtype.type(0), labels) for labels in (predicted, true))
+    by_class = label_metrics(predicted, true, spacing_mm, rules.n_classes, rules.tolerance_mm, n_ignored)
     if not rules.regions:
         return by_class
     challenge = {}
@@ -161,7 +211,7 @@ def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list
         if len(labels) == 1:
             challenge[region] = {metric: values[labels[0]] for metric, values in by_class.items()}
         else:
-            challenge[region] = region_metrics(predicted, true, labels, spacing_mm, rules.tolerance_mm)
+            challenge[region] = region_metrics(predicted, true, labels, spacing_mm, rules.tolerance_mm, n_ignored)
     return {**by_class, "challenge": challenge}
 
 
@@ -268,3 +318,61 @@ def format_table(results, class_names, summary: dict | None = None) -> str:
             lines.append(row(region.replace("_", " "), means(values, n["challenge"][region])))
     lines.append(f"(in brackets: subjects that have a value, of {len(results) - len(RESERVED)})")
     return "\n".join(lines)
+
+
+def empty_truths(results: Mapping, pairs: Mapping[str, tuple[Path, Path]], class_names: Sequence[str]) -> list[str]:
+    """A line for the screen for each class that was predicted where the truth has none of it: where, and how much.
+
+    Raises InputError for a truth whose header cannot be read.
+    """
+    lines = []
+    for label, name in enumerate(class_names[1:], start=1):
+        counts = {subject: [results[subject][count][label] for count in ("TP", "FN", "FP")] for subject in pairs}
+        wrong = {subject: fp for subject, (tp, fn, fp) in counts.items() if tp + fn == 0}
+        found = {subject: fp for subject, fp in wrong.items() if fp}
+        if found:
+            amounts = [f"{subject} ({_amount(fp, pairs[subject][1])})" for subject, fp in found.items()]
+            of = f"{len(found)} of the {len(wrong)} ground truths without {name}"
+            lines.append(f"{of}: some was predicted, so their Dice is 0: {', '.join(amounts)}")
+    return lines
+
+
+def _amount(n_voxels: int, truth: Path) -> str:
+    geometry = read_geometry(truth)
+    if is_flat(geometry):
+        return f"{n_voxels} pixels"
+    return f"{n_voxels * math.prod(geometry.spacing_mm) / 1000:.3g} ml"
+
+
+# --- nnU-Net's table --------------------------------------------------------------------------------------------------
+
+
+def nnunet_summary(results: Mapping, pairs: Mapping[str, tuple[Path, Path]], values: Sequence[int] = ()) -> dict:
+    """What nnU-Net writes into summary.json, of the results of `evaluate`: classes by their values in files, without
+    the background.
+
+    Dice and IoU are NaN where a class is in neither file, a mean over cases leaves NaN out, and the mean over classes
+    does not.
+    """
+    cases = []
+    for subject, (prediction, truth) in pairs.items():
+        counts = zip(*(results[subject][count] for count in ("TP", "FP", "FN", "TN")), strict=True)
+        by_class = [_nnunet_metrics(*count) for count in counts]
+        metrics = {str(value): by_class[label] for label, value in enumerate(values or range(len(by_class))) if label}
+        cases.append({"metrics": metrics, "prediction_file": str(prediction), "reference_file": str(truth)})
+    by_case = [case["metrics"] for case in cases]
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of nothing but NaN
+        mean = {
+            value: {name: float(np.nanmean([metrics[value][name] for metrics in by_case])) for name in names}
+            for value, names in by_case[0].items()
+        }
+    names = next(iter(mean.values()))
+    foreground = {name: float(np.mean([metrics[name] for metrics in mean.values()])) for name in names}
+    return {"foreground_mean": foreground, "mean": mean, "metric_per_case": cases}
+
+
+def _nnunet_metrics(tp: int, fp: int, fn: int, tn: int) -> dict[str, float]:
+    either = tp + fp + fn
+    dice, iou = (2 * tp / (tp + either), tp / either) if either else (math.nan, math.nan)
+    counts = {"TP": tp, "FP": fp, "FN": fn, "TN": tn, "n_pred": tp + fp, "n_ref": tp + fn}
+    return {"Dice": dice, "IoU": iou} | counts

@@ -23,23 +23,27 @@ METRICS = ("dice", *DISTANCES, "surface_dice", *OVERLAPS)
 TOLERANCE_MM = 1.64
 
 
-def label_metrics(prediction, truth, spacing_mm, n_classes: int, tolerance_mm: float = TOLERANCE_MM) -> dict[str, list]:
+def label_metrics(
+    prediction, truth, spacing_mm, n_classes: int, tolerance_mm: float = TOLERANCE_MM, n_ignored: int = 0
+) -> dict[str, list]:
     """All METRICS of two label maps: {metric: [one value per class]}, background (class 0) first.
 
     `prediction` and `truth` are (X, Y, Z) with labels 0 to n_classes - 1 in any numeric type, `spacing_mm` has the size
     of a voxel along each axis. The background has no distances and no surface Dice (None): they say nothing and cost
-    most. What `mask_metrics` says of empty masks holds for a class that is missing.
+    most. What `mask_metrics` says of empty masks holds for a class that is missing. `n_ignored` voxels that are
+    background in both count as none of OVERLAPS.
     """
     box = _joint_box(prediction, truth)
     p, t = prediction[box], truth[box]
     background = {**dict.fromkeys(METRICS), **_overlap(p != 0, t != 0)}
-    background["TP"], background["TN"] = background["TN"] + prediction.size - p.size, background["TP"]
+    outside = prediction.size - p.size - n_ignored
+    background["TP"], background["TN"] = background["TN"] + outside, background["TP"]
     background["FP"], background["FN"] = background["FN"], background["FP"]
     background["dice"] = _dice(background)
     classes = [background]
     for label in range(1, n_classes):
         values = _mask_metrics(p == label, t == label, spacing_mm, tolerance_mm)
-        values["TN"] += prediction.size - p.size
+        values["TN"] += outside
         classes.append(values)
     return {metric: [values[metric] for values in classes] for metric in METRICS}
 
@@ -60,13 +64,14 @@ def mask_metrics(prediction, truth, spacing_mm, tolerance_mm: float = TOLERANCE_
 
 
 def region_metrics(
-    prediction, truth, labels, spacing_mm, tolerance_mm: float = TOLERANCE_MM
+    prediction, truth, labels, spacing_mm, tolerance_mm: float = TOLERANCE_MM, n_ignored: int = 0
 ) -> dict[str, float | int | None]:
-    """`mask_metrics` of the voxels that have one of the `labels` (0 is none of them), from label maps (X, Y, Z)."""
+    """`mask_metrics` of the voxels that have one of the `labels` (0 is none of them), from label maps (X, Y, Z);
+    `n_ignored` as in `label_metrics`."""
     box = _joint_box(prediction, truth)
     p, t = (np.isin(array[box], labels) for array in (prediction, truth))
     values = mask_metrics(p, t, spacing_mm, tolerance_mm)
-    values["TN"] += prediction.size - p.size
+    values["TN"] += prediction.size - p.size - n_ignored
     return values
 
 

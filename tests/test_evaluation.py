@@ -1,16 +1,33 @@
 """Evaluation from files: pairing, reading, averages, the table, and evaluate.py itself."""
 
 import json
+import math
 import sys
+import types
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate as script
+import lib.data
 import lib.evaluation
-from lib.evaluation import Rules, evaluate, evaluate_pair, find_pairs, format_table, read_model_summary
+from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
+from lib.evaluation import (
+    Rules,
+    empty_truths,
+    evaluate,
+    evaluate_pair,
+    find_own_pairs,
+    find_pairs,
+    format_table,
+    nnunet_summary,
+    read_model_summary,
+)
 from lib.metric import METRICS, label_metrics
+from lib.settings import Settings
 from lib.system.error import InputError
 
 SPACING_MM = (1.5, 1.25, 8.0)
@@ -282,3 +299,215 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, k
     argv = ["--data", "acdc", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--output", output, "--overwrite"]
     assert script.main(list(map(str, argv))) == 2
     assert f"--output {output}: " in capsys.readouterr().err
+
+
+# ---- own data
+
+
+def find_labels(folder):
+    """The training cases of a folder in nnU-Net's raw format, with one label under a name of its own."""
+    labels = sorted((folder / "labelsTr").glob("*.nii.gz"))
+    files = [SubjectFiles(path.name.removesuffix(".nii.gz"), (path,), path) for path in labels]
+    odd = folder / "elsewhere" / "label.nii.gz"
+    return files + [SubjectFiles("odd", (odd,), odd)] * odd.exists()
+
+
+OWN = BaseDataset(
+    name="mine",
+    class_names=("background", "organ", "vessel"),
+    find=find_labels,
+    preprocessing=Preprocessing((None, None, None)),
+    values=(0, 4, 2),
+    ignore=9,
+)
+
+
+@pytest.mark.parametrize("place", ["labelsTr/a.nii.gz", "labelsTs/a.nii.gz", "a.nii.gz"])
+def test_truths_of_own_data_are_found_in_their_folders(tmp_path, place):
+    prediction = write(tmp_path / "pred" / "a.nii.gz", heart())
+    for name in ("a_probabilities.nii.gz", "b.mha", ".c.nii.gz"):
+        (tmp_path / "pred" / name).touch()
+    truth = write(tmp_path / "data" / place, heart())
+    write(truth.with_name("b.nii.gz"), heart())
+    found = find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+    assert found.pairs == {"a": (prediction, truth)} and found.alone == ["b"] and found.left_out == []
+
+
+def test_a_truth_of_own_data_may_be_where_the_definition_says(tmp_path):
+    prediction = write(tmp_path / "pred" / "odd.nii.gz", heart())
+    truth = write(tmp_path / "data" / "elsewhere" / "label.nii.gz", heart())
+    found = find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+    assert found.pairs == {"odd": (prediction, truth)} and found.alone == []
+
+
+def test_pairs_of_own_data_that_cannot_be_made(tmp_path):
+    prediction = write(tmp_path / "pred" / "a_gt.nii.gz", heart())
+    with pytest.raises(InputError, match=r"--gt .*no such folder"):
+        find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+    write(tmp_path / "data" / "labelsTr" / "a.nii.gz", heart())
+    with pytest.raises(
+        InputError, match=r"a_gt\.nii\.gz: no ground truth .*looked for labelsTr/a_gt\.nii\.gz and a_gt"
+    ):
+        find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+    with pytest.raises(InputError, match="no ground truth"):  # not the prediction itself
+        find_own_pairs(tmp_path / "pred", tmp_path / "pred", OWN)
+    with pytest.raises(InputError, match=r"--pred .*no predictions <id>\.mha there"):
+        find_own_pairs(tmp_path / "pred", tmp_path / "data", replace(OWN, file_ending=".mha"))
+    for place in ("labelsTr", "labelsTs"):
+        write(tmp_path / "data" / place / prediction.name, heart())
+    with pytest.raises(InputError, match="--gt: a_gt: both"):
+        find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+    prediction.rename(prediction.with_name("n.nii.gz"))
+    with pytest.raises(InputError, match="rename the file"):
+        find_own_pairs(tmp_path / "pred", tmp_path / "data", OWN)
+
+
+def test_voxels_to_ignore_count_nowhere(tmp_path):
+    """The metrics are those of a volume without these voxels."""
+    values = np.array(OWN.values)
+    true, predicted = np.zeros((2, 12, 10, 6), int)
+    true[2:6, 2:8, 1:4], predicted[2:7, 2:8, 1:4] = 1, 1
+    true[7:9, 2:8, 1:4], predicted[7:9, 3:8, 1:4] = 2, 2
+    stored = values[true]
+    stored[:, :5] = 9
+    truth = write(tmp_path / "truth.nii.gz", stored)
+    prediction = write(tmp_path / "prediction.nii.gz", values[predicted])
+    rules = Rules(3, values=OWN.values, ignore=OWN.ignore)
+    found = evaluate_pair(prediction, truth, rules)
+    assert found == label_metrics(predicted[:, 5:], true[:, 5:], SPACING_MM, 3)
+    regions = evaluate_pair(prediction, truth, replace(rules, regions={"both": (1, 2)}))["challenge"]["both"]
+    assert regions == {
+        key: value[1] for key, value in label_metrics(predicted[:, 5:] > 0, true[:, 5:] > 0, SPACING_MM, 2).items()
+    }
+    with pytest.raises(InputError, match=r"prediction\.nii\.gz: has the label 9 in "):
+        evaluate_pair(write(prediction, stored), truth, rules)
+
+
+def cubes(extra, first=1, second=2):
+    """Two cubes side by side, and one voxel of each far away."""
+    labels = np.zeros((6, 12, 12), np.uint8)
+    labels[1:5, 1:5, 1:5], labels[1:5, 1:5, 5:9] = first, second
+    if extra:
+        labels[5, 11, 11], labels[0, 11, 0] = first, second
+    return labels
+
+
+def test_the_summary_is_nnunets(tmp_path):
+    for i, name in enumerate(("case_0", "case_1")):
+        write(tmp_path / "pred" / f"{name}.nii.gz", cubes(extra=i == 0))
+        write(tmp_path / "gt" / f"{name}.nii.gz", cubes(extra=False))
+    found = find_own_pairs(tmp_path / "pred", tmp_path / "gt", OWN)
+    results = evaluate(found.pairs, Rules(3))
+    summary = nnunet_summary(results, found.pairs)
+    case = {
+        "Dice": 0.9922480620155039,
+        "IoU": 0.9846153846153847,
+        "TP": 64,
+        "FP": 1,
+        "FN": 0,
+        "TN": 799,
+        "n_pred": 65,
+        "n_ref": 64,
+    }
+    files = {
+        f"{key}_file": str(path) for key, path in zip(("prediction", "reference"), found.pairs["case_0"], strict=True)
+    }
+    assert summary["metric_per_case"][0] == {"metrics": {"1": case, "2": case}, **files}
+    assert summary["metric_per_case"][1]["metrics"]["2"]["Dice"] == 1
+    assert summary["mean"]["1"] == summary["foreground_mean"] == summary["mean"]["2"]
+    assert summary["foreground_mean"]["Dice"] == pytest.approx(0.9961240310077519, abs=1e-15)
+    assert summary["foreground_mean"]["TN"] == 799.5 and summary["foreground_mean"]["FP"] == 0.5
+
+
+def test_the_summary_of_classes_that_are_absent(tmp_path):
+    """Class 2 is in neither file of case 0, is predicted in vain in case 1; class 3 is nowhere."""
+    for name, predicted in (("case_0", cubes(False, 1, 0)), ("case_1", cubes(False, 1, 2))):
+        write(tmp_path / "pred" / f"{name}.nii.gz", predicted)
+        write(tmp_path / "gt" / f"{name}.nii.gz", cubes(False, 1, 0))
+    found = find_own_pairs(tmp_path / "pred", tmp_path / "gt", OWN)
+    results = evaluate(found.pairs, Rules(4))
+    summary = nnunet_summary(results, found.pairs, (0, 1, 10, 3))
+    cases = [case["metrics"] for case in summary["metric_per_case"]]
+    assert math.isnan(cases[0]["10"]["Dice"]) and math.isnan(cases[0]["10"]["IoU"])
+    assert cases[1]["10"]["Dice"] == cases[1]["10"]["IoU"] == summary["mean"]["10"]["Dice"] == 0
+    assert math.isnan(summary["mean"]["3"]["Dice"]) and math.isnan(summary["foreground_mean"]["Dice"])
+    assert summary["mean"]["3"]["n_ref"] == 0 and summary["mean"]["1"]["Dice"] == 1
+    table = format_table(results, ("background", "one", "two", "three")).splitlines()
+    assert table[4].split() == ["three", *"-----"]
+    assert table[5].split()[:3] == ["mean", "foreground", "0.5000"]
+    assert empty_truths(results, found.pairs, ("background", "one", "two", "three")) == [
+        "1 of the 2 ground truths without two: some was predicted, so their Dice is 0: case_1 (0.96 ml)"
+    ]
+
+
+def test_flat_images_have_no_volume(tmp_path):
+    for folder, labels in (("pred", cubes(False)[2]), ("gt", cubes(False, 1, 0)[2])):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(labels).save(tmp_path / folder / "a.png")
+    found = find_own_pairs(tmp_path / "pred", tmp_path / "gt", replace(OWN, file_ending=".png"))
+    lines = empty_truths(evaluate(found.pairs, Rules(3)), found.pairs, OWN.class_names)
+    assert lines == ["1 of the 1 ground truths without vessel: some was predicted, so their Dice is 0: a (16 pixels)"]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder in nnU-Net's raw format with one case, a prediction of it, and the arguments of evaluate.py."""
+    values = np.array(OWN.values)
+    write(tmp_path / "mine" / "labelsTr" / "a.nii.gz", values[cubes(False)])
+    write(tmp_path / "pred" / "a.nii.gz", values[cubes(True)])
+    (tmp_path / "mine" / "dataset.json").write_text("{}")
+    raw = types.SimpleNamespace(read_dataset=lambda folder: OWN)
+    monkeypatch.setattr(lib.data, "raw", raw, raising=False)
+    arguments = ["--data", tmp_path / "mine", "--pred", tmp_path / "pred", "--output", tmp_path / "results.json"]
+    return [*map(str, arguments), "--num_workers", "1"]
+
+
+def test_script_with_own_data(own, tmp_path, capsys):
+    summary = tmp_path / "new" / "summary.json"
+    assert script.main([*own, "--summary", str(summary)]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        ["background", "0.9986"],
+        ["organ", "0.9922"],
+        ["vessel", "0.9922"],
+    ]
+    text = summary.read_text()
+    assert list(json.loads(text)) == ["foreground_mean", "mean", "metric_per_case"]
+    assert list(json.loads(text)["mean"]) == ["2", "4"] and text.startswith('{\n    "foreground_mean"')
+    assert script.main([*own, "--overwrite", "--gt", str(tmp_path / "mine" / "labelsTr")]) == 0
+    results = (tmp_path / "results.json").read_bytes()
+    (tmp_path / "results.json").unlink()
+    capsys.readouterr()
+    assert script.main([*own, "--summary", str(summary)]) == 2
+    assert f"--summary {summary}: exists already" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+    assert script.main([*own, "--summary", str(tmp_path / "results.json")]) == 2
+    assert "is --output, too" in capsys.readouterr().err
+    assert script.main([*own, "--summary", str(summary), "--overwrite"]) == 0
+    assert (tmp_path / "results.json").read_bytes() == results
+
+
+def test_a_class_that_is_nowhere_is_nan_in_the_summary(own, tmp_path):
+    write(tmp_path / "pred" / "a.nii.gz", np.zeros((6, 12, 12)))
+    write(tmp_path / "mine" / "labelsTr" / "a.nii.gz", np.zeros((6, 12, 12)))
+    assert script.main([*own, "--summary", str(tmp_path / "summary.json")]) == 0
+    assert '"Dice": NaN' in (tmp_path / "summary.json").read_text()
+
+
+def test_script_with_a_run_folder(tmp_path, folders, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = Settings.of({"data": "acdc"})
+    (run / "config.json").write_text(json.dumps(settings.as_dict()))
+    assert script.find_dataset(str(run)) == (settings.dataset, None)
+    arguments = ["--data", str(run), "--pred", str(folders / "pred"), "--gt", str(folders / "gt"), "--num_workers", "1"]
+    assert script.main([*arguments, "--output", str(tmp_path / "results.json")]) == 0
+    assert "0.4667" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["nowhere", "{}", "acd"])
+def test_what_is_no_data_set_is_refused(tmp_path, folders, data, capsys):
+    data = data.format(tmp_path)
+    assert script.main(["--data", data, "--pred", str(folders / "pred"), "--output", str(tmp_path / "r.json")]) == 2
+    error = capsys.readouterr().err
+    assert f"--data {data}: is no data set" in error and "no folder with dataset.json, and no run folder" in error
+    assert ("did you mean acdc?" in error) == (data == "acd")

@@ -20,6 +20,7 @@ from lib.system.error import InputError
 # round the numbers of a header to float32 or to a few digits, which moves corners by a thousandth of a voxel at most;
 # and voxels that overlap by 99% are the same voxels for every metric.
 GRID_TOLERANCE = 0.01
+FLAT = 999  # the size of a flat image's third axis, in its largest voxel sizes: nnU-Net's
 UNITS_MM = {1: 1000.0, 3: 0.001}  # of xyzt_units: metres, microns; all others count as millimetres
 
 
@@ -58,6 +59,11 @@ class Volume:
     header: Header
     n_bytes: int
     sha256: str
+
+
+def is_flat(geometry: Geometry) -> bool:
+    """Whether this is a flat image, whose voxels have no volume."""
+    return geometry.shape[2] == 1 and geometry.spacing_mm[2] == FLAT * max(geometry.spacing_mm[:2])
 
 
 def codes(geometry: Geometry) -> str:

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from nibabel.affines import from_matvec
 
-from lib.data.geometry import Geometry, PlainHeader, Volume
+from lib.data.geometry import FLAT, Geometry, PlainHeader, Volume
 from lib.data.nifti import EXPANSION, PIECE, unreadable
 from lib.system.error import InputError
 
 READERS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".gipl": "GiplImageIO"}  # in SimpleITK
 LPS = np.array([-1.0, -1.0, 1.0])  # ITK's world, in RAS
-FAR = 999  # the size of a flat image's third axis, in its largest voxel sizes: nnU-Net's
 HEAD = 2**20  # bytes, which no header exceeds
 ELSEWHERE = re.compile(rb"^data ?file:", re.IGNORECASE | re.MULTILINE)
 HEADERS = {  # from the start of a file up to its voxels
@@ -131,7 +130,7 @@ def _header(path: Path, head: bytes) -> tuple[Any, PlainHeader, int]:
     spacing_mm, origin = reader.GetSpacing()[:n], reader.GetOrigin()[:n]
     if n == 2:
         directions, origin = from_matvec(directions), (*origin, 0.0)
-        spatial, spacing_mm = (*spatial, 1), (*spacing_mm, FAR * max(spacing_mm))
+        spatial, spacing_mm = (*spatial, 1), (*spacing_mm, FLAT * max(spacing_mm))
     if not all(0 < size < math.inf for size in spacing_mm):
         raise InputError(f"{path}: the voxel size is {tuple(spacing_mm)} mm; mend the header")
     if not (np.isfinite(origin).all() and np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=1e-4)):

@@ -128,10 +128,10 @@ def header_of(geometry: Geometry) -> nib.Nifti1Header:
 def scale_note(paths: Iterable[Path]) -> str | None:
     """One line for the log if sform and pixdim of some files disagree on the voxel size: the first one, with both.
 
-    Raises InputError for a file whose header cannot be read.
+    Files of other types have one voxel size. Raises InputError for a file whose header cannot be read.
     """
     found = []
-    for path in paths:
+    for path in (path for path in paths if str(path).endswith((".nii", ".nii.gz"))):
         header = _header_of(Path(path))
         lengths = np.linalg.norm(sform_matrix(header)[:, :3], axis=0)
         pixdim = np.array(header["pixdim"][1:4], float)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from lib.data.geometry import Geometry, PlainHeader, Volume
+from lib.data.geometry import FLAT, Geometry, PlainHeader, Volume
 from lib.data.nifti import unreadable
 from lib.system.error import InputError
 
 FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}  # in Pillow
-SPACING_MM = (1.0, 1.0, 999.0)  # of all flat images: nnU-Net's
+SPACING_MM = (1.0, 1.0, float(FLAT))  # of all flat images
 GREY = ("1", "L", "I", "I;16", "I;16B", "I;16L", "F")  # of Pillow's modes
 
 
