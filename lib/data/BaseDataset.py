@@ -126,6 +126,7 @@ class BaseDataset:
     find_test: Callable[[Path], list[SubjectFiles]] | None = None  # as `find`, for a test set that lies apart
     folds: tuple[dict[str, tuple[str, ...]], ...] = ()  # ids by "train" and "val"; none: --split divides the cases
     merged_labels: dict[int, int] = field(default_factory=dict)  # other values of truths, and the labels they count as
+    licence: str = ""  # under which its images are given
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)  # unions of labels that are evaluated, too
     challenge_name: str | None = None  # how the challenge wants the prediction of a {case} to be named
     write: Callable[[Path, int], None] | None = None  # writes a built-in one of so many cases, where it is not yet
