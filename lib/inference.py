@@ -143,12 +143,12 @@ class Predictor:
             raise ValueError("a predictor of files needs their preprocessing")
         image, original = read_channels(path, self.preprocessing)
         grid = Grid(image.spatial_shape, image.affine)
-        volume, affine, padding = preprocess(image, self.preprocessing)
+        there = preprocess(image, self.preprocessing)
         del image  # the largest array of all
-        predicted = self.volume(volume)
+        predicted = self.volume(there.tensor)
         labels = np.empty(grid.shape, images.label_type(len(predicted)), order="F")  # NIfTI's order
         kept = np.empty((*grid.shape, len(predicted)), np.float32, order="F") if probabilities else None
-        for slab, part in to_original_grid(predicted, affine, padding, grid):
+        for slab, part in to_original_grid([(slice(0, predicted.shape[1]), predicted)], 0, there, grid):
             labels[slab] = part.numpy().argmax(0)  # several times faster than torch's
             if kept is not None:
                 kept[slab] = part.movedim(0, -1)

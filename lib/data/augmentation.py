@@ -86,7 +86,7 @@ def resample(volume: Tensor, grid: Tensor, inside: Tensor, interpolation: str) -
     return result.where(inside, volume.amin((1, 2, 3), keepdim=True).float())
 
 
-def augmentation(dim: str) -> tio.Compose:
+def augmentation(dim: str, final_zscore: bool = True) -> tio.Compose:
     """Changes a tio.Subject with "image" and "label" in place, drawing from torch's global generator, in this order:
 
     1. RandomAffine, scaling 0.85..1.25 independently on the two in-plane axes, p = 0.2
@@ -94,7 +94,7 @@ def augmentation(dim: str) -> tio.Compose:
     3. RandomGamma, log_gamma -0.3..0.5 (of negative values the magnitude changes and the sign stays), p = 0.3
     4. RandomFlip of each axis, p = 0.5 each; in 2D of the two in-plane axes only
     5. RandomElasticDeformation, 7 control points, 2 locked borders, up to 7.5 mm, p = 0.3
-    6. z-score of the whole volume
+    6. z-score of the whole volume, if `final_zscore`
 
     The slice axis is the third one in 2D (ACDC) and the first one in 3D (KiTS: slices, rows, columns). torchio rotates
     about *world* axes: give the subject a diagonal affine, so that these are the array's. Images are interpolated
@@ -105,14 +105,13 @@ def augmentation(dim: str) -> tio.Compose:
         scales, degrees, flipped = (*scale, *scale, *keep), (*still, *still, *turn), (0, 1)
     else:
         scales, degrees, flipped = (*keep, *scale, *scale), (*turn, *still, *still), (0, 1, 2)
-    return tio.Compose(
-        [
-            tio.RandomAffine(scales=scales, degrees=0, p=0.2, copy=False),
-            tio.RandomAffine(scales=keep, degrees=degrees, p=0.2, copy=False),
-            tio.RandomGamma(log_gamma=(-0.3, 0.5), p=0.3, copy=False),
-            RandomFlip(axes=flipped, flip_probability=0.5, copy=False),
-            RandomElasticDeformation(num_control_points=7, locked_borders=2, max_displacement=7.5, p=0.3, copy=False),
-            tio.Lambda(zscore, types_to_apply=[tio.INTENSITY], copy=False),
-        ],
-        copy=False,
-    )
+    transforms = [
+        tio.RandomAffine(scales=scales, degrees=0, p=0.2, copy=False),
+        tio.RandomAffine(scales=keep, degrees=degrees, p=0.2, copy=False),
+        tio.RandomGamma(log_gamma=(-0.3, 0.5), p=0.3, copy=False),
+        RandomFlip(axes=flipped, flip_probability=0.5, copy=False),
+        RandomElasticDeformation(num_control_points=7, locked_borders=2, max_displacement=7.5, p=0.3, copy=False),
+    ]
+    if final_zscore:
+        transforms.append(tio.Lambda(zscore, types_to_apply=[tio.INTENSITY], copy=False))
+    return tio.Compose(transforms, copy=False)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,15 +15,8 @@ import torchio as tio
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
 from lib.data.geometry import Volume, aligned, in_order
-from lib.data.images import label_type, read_geometry, read_label
-from lib.data.preprocessing import (
-    check_size,
-    in_own_frame,
-    preprocessed_shape,
-    read_channels,
-    standardize,
-    standardize_label,
-)
+from lib.data.images import label_type, read_geometry
+from lib.data.preprocessing import check_size, in_own_frame, preprocessed_shape, read_channels, standardize
 from lib.system.error import InputError
 from lib.system.files import digest, file_digest, joint_digest, locked
 
@@ -72,12 +65,13 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 def stored_bytes(files: SubjectFiles, dataset: BaseDataset) -> int:
-    """How much `store` will write for a subject, by the image's header. Raises InputError if that is broken."""
+    """How much `store` will write for a subject, by the image's header; with a crop, at most. Raises InputError if the
+    header is broken."""
     geometry = read_geometry(files.image)
     check_size(files.image, geometry, dataset.preprocessing)
     shape = preprocessed_shape(geometry, dataset.preprocessing)
-    per_voxel = 4 * len(files.images) + (label_type(dataset.n_classes).itemsize if files.label else 0)
-    return math.prod(shape) * per_voxel
+    per_label = label_type(dataset.n_classes + (dataset.ignore is not None)).itemsize if files.label else 0
+    return math.prod(shape) * (4 * dataset.modalities + per_label)
 
 
 def store(
@@ -85,28 +79,26 @@ def store(
     sources: dict[str, str],
     folder: Path,
     preprocessing: Preprocessing,
-    n_classes: int,
-    merged_labels: dict[int, int],
+    read_truth: Callable[[Path], Volume],
 ) -> None:
-    """Preprocess one subject into `folder`: image.npy (C, X, Y, Z) float32, label.npy (X, Y, Z) of
-    `lib.data.images.label_type`, and meta.json with id, padding, sources (those of `identify`) and two affines (4x4) of
-    the preprocessed voxels: to the volume's own frame, and to the world (RAS+ mm).
+    """Preprocess one subject into `folder`: image.npy (C, X, Y, Z) float32, label.npy (X, Y, Z) of the type of
+    `read_truth`, and meta.json with id, padding, sources (those of `identify`) and two affines (4x4) of the
+    preprocessed voxels: to the volume's own frame, and to the world (RAS+ mm).
 
     Raises InputError if a file is broken, is not what `sources` says, the channels or the label do not share one grid,
     or the folder cannot be written.
     """
-    (own, image), arrays = read_channels(files.images, preprocessing), {}
+    (own, image), label = read_channels(files.images, preprocessing), None
     _check_unchanged(image, sources["image"])
     if files.label is not None:
-        label = read_label(files.label, n_classes, merged_labels)
+        label = read_truth(files.label)
         _check_unchanged(label, sources["label"])
         label = in_own_frame(aligned(label, image), preprocessing.orientation, tio.LabelMap)
-        arrays["label.npy"] = standardize_label(label, preprocessing).numpy()
-    tensor, affine, padding = standardize(own, preprocessing)
-    arrays["image.npy"] = tensor.numpy()
-    world = in_order(image.geometry, preprocessing.orientation).affine @ np.linalg.inv(own.affine) @ affine
-    meta = {"id": files.id, "padding": padding, "sources": sources}
-    meta |= {"affine": affine.tolist(), "world": world.tolist()}
+    there = standardize(own, preprocessing, label)
+    arrays = {"image.npy": there.tensor.numpy()} | ({} if label is None else {"label.npy": there.label.numpy()})
+    world = in_order(image.geometry, preprocessing.orientation).affine @ np.linalg.inv(own.affine) @ there.affine
+    meta = {"id": files.id, "padding": there.padding, "sources": sources}
+    meta |= {"affine": there.affine.tolist(), "world": world.tolist()}
     try:
         _write(folder, arrays, meta)
     except OSError as error:

@@ -69,7 +69,9 @@ class Loader:
         self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
         found = {dataset.case_of(id_) for ids in self.ids.values() for id_ in ids}
         self.n_missing = len(set(dataset.cases or ()) - found)  # test_cases not counted
-        labels = dataset.n_classes, sorted(dataset.merged_labels.items())
+        labels = [dataset.n_classes, sorted(dataset.merged_labels.items())]
+        if dataset.values or dataset.ignore is not None:
+            labels += [dataset.values, dataset.ignore]
         parameters = json.dumps([cache.VERSION, dataset.preprocessing.as_dict(), labels])
         self.cache = Path(cache_path) / f"{dataset.name}-{hashlib.sha256(parameters.encode()).hexdigest()[:10]}"
         self.sources, self._prepared = {}, set()
@@ -138,8 +140,13 @@ class Loader:
         store = partial(
             cache.store,
             preprocessing=self.dataset.preprocessing,
-            n_classes=self.dataset.n_classes,
-            merged_labels=self.dataset.merged_labels,
+            read_truth=partial(
+                images.read_label,
+                n_classes=self.dataset.n_classes,
+                merged_labels=self.dataset.merged_labels,
+                values=self.dataset.values,
+                ignore=self.dataset.ignore,
+            ),
         )
         with worker_pool(max(1, min(n_cores(), len(stale))), _use_one_thread) as pool:
             sources, folders = zip(*((self.sources[file.id], self.entry(file.id)) for file in stale), strict=True)
@@ -148,9 +155,10 @@ class Loader:
                 check_stopped()
 
     def get(self, partition: str) -> Volumes:
-        """The whole volumes of "train", "validation" or "test", preprocessed and z-scored: see `Volumes`."""
+        """The whole volumes of "train", "validation" or "test", as a network sees them: see `Volumes`."""
         self.prepare([partition])
-        return Volumes([self.entry(id_) for id_ in self.ids[partition]])
+        final_zscore = not self.dataset.preprocessing.normalizations
+        return Volumes([self.entry(id_) for id_ in self.ids[partition]], final_zscore)
 
     def n_train_batches(self) -> int:
         """How many batches `train_batches` yields, the same in every epoch."""
@@ -231,7 +239,8 @@ class Loader:
     def _empty(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Room for the images and labels of `n` patches."""
         image = np.empty((n, self.dataset.modalities, *self.patch_size), np.float32)
-        return image, np.empty((n, *self.patch_size), images.label_type(self.dataset.n_classes))
+        n_labels = self.dataset.n_classes + (self.dataset.ignore is not None)
+        return image, np.empty((n, *self.patch_size), images.label_type(n_labels))
 
     def validation_volumes(self) -> Iterator[dict]:
         """{"image": (N, C, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume; the

@@ -17,17 +17,19 @@ from lib.data.preprocessing import zscore
 
 
 class Volumes(Dataset):
-    """A list of tio.Subject: "image" (C, X, Y, Z) float32, "label" (1, X, Y, Z) if there is one, and "id"."""
+    """A list of tio.Subject: "image" (C, X, Y, Z) float32, z-scored if `final_zscore`, "label" (1, X, Y, Z) if there is
+    one, and "id"."""
 
-    def __init__(self, folders: list[Path]):
-        self.folders = folders
+    def __init__(self, folders: list[Path], final_zscore: bool = True):
+        self.folders, self.final_zscore = folders, final_zscore
 
     def __len__(self) -> int:
         return len(self.folders)
 
     def __getitem__(self, index: int) -> tio.Subject:
         subject = cache.load(self.folders[index], "world")
-        subject.image.set_data(zscore(subject.image.data))
+        if self.final_zscore:
+            subject.image.set_data(zscore(subject.image.data))
         return subject
 
 
@@ -42,7 +44,7 @@ class AugmentedPatches(Dataset):
         self.folders, self.patch_size, self.seeds = folders, patch_size, seeds
         self.n = dataset.patches_per_volume
         self.field = tuple(map(max, patch_size, dataset.patch_size))
-        self.augmentation = augmentation(dataset.dim)
+        self.augmentation = augmentation(dataset.dim, final_zscore=not dataset.preprocessing.normalizations)
 
     def __len__(self) -> int:
         return len(self.folders)
