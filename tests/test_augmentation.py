@@ -4,6 +4,7 @@ import torch
 import torchio as tio
 
 from lib.data.augmentation import RandomElasticDeformation, augmentation, elastic_grid
+from lib.data.preprocessing import zscore
 
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")  # 7.5 mm may fold volumes so small
 SPACING = np.diag([1.25, 1.25, 8.0, 1.0])
@@ -29,6 +30,17 @@ def test_the_order(dim):
     names = [transform.name for transform in augmentation(dim).transforms]
     spatial_end = ["RandomGamma", "RandomFlip", "RandomElasticDeformation", "Lambda"]
     assert names == ["RandomAffine", "RandomAffine", *spatial_end]
+
+
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_without_the_last_zscore_all_else_is_as_with_it(dim):
+    image = torch.rand(1, 8, 9, 7, generator=torch.Generator().manual_seed(0)) + 5
+    for seed in range(6):
+        results = []
+        for final_zscore in (True, False):
+            torch.manual_seed(seed)
+            results.append(augmentation(dim, final_zscore)(subject(image)).image.data)
+        assert torch.equal(results[0], zscore(results[1])) and results[1].mean() > 1
 
 
 @pytest.mark.parametrize(("dim", "slice_axis", "n_flips"), [("2D", 2, 2), ("3D", 0, 3)])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Tiny2D, Tiny3D, write_case, write_cases
+from nibabel.affines import from_matvec
+from tiny import Own, Tiny2D, Tiny3D, write_case, write_cases
 
 from lib.data import cache
 from lib.data.BaseDataset import Preprocessing
@@ -119,3 +120,50 @@ def test_a_cache_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="--cache_path"):
         Loader(Tiny3D, folder, tmp_path / "file").prepare()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A loader of the tiny cases with nnU-Net's preprocessing. In the first case two slices on two sides are 0."""
+    root = tmp_path_factory.mktemp("own")
+    for case in range(10):
+        truth = np.zeros((9, 14, 11), np.uint8)
+        truth[2:6, 4:9, 3:8], truth[6, 4:9, 3:8] = 1, 2
+        write_case(root / "data", case, truth=truth, zeros=2 if case == 0 else 0)
+    return Loader(Own, root / "data", root / "cache", "0.5:0.5")
+
+
+def test_own_data_are_cropped_and_keep_what_does_not_count(own):
+    foretold = {file.id: cache.stored_bytes(file, Own) for part in own.ids for file in own.files(part)}
+    own.prepare(("train", "validation", "test"))
+    for part in own.ids:
+        for id_ in own.ids[part]:
+            image, label = (np.load(own.entry(id_) / f"{name}.npy") for name in ("image", "label"))
+            cropped = id_ == "case_00"
+            assert image.shape == (1, *((10, 14, 9) if cropped else (14, 14, 11)))
+            assert label.shape == image.shape[1:] and label.dtype == np.uint8 and set(np.unique(label)) == {0, 1, 2}
+            assert image.nbytes + label.nbytes <= foretold[id_]
+            assert (image.nbytes + label.nbytes == foretold[id_]) != cropped
+            assert abs(float(image.mean())) < 0.1  # z-scored before it was resampled
+    subject, volume = cache.load(own.entry(own.ids["validation"][0])), own.get("validation")[0]
+    assert np.array_equal(volume.image.data, subject.image.data)  # and never again
+    (batch, *_) = own.train_batches(1)
+    assert batch["label"].max() <= 2
+
+
+def test_what_labels_mean_is_part_of_the_caches_name(own, tmp_path):
+    names = {
+        Loader(replace(Own, **changes), own.files("train")[0].image.parents[1], tmp_path, "0.5:0.5").cache.name
+        for changes in ({}, {"ignore": None}, {"values": (0, 2)}, {"merged_labels": {7: 1}})
+    }
+    assert len(names) == 4
+
+
+def test_the_world_of_a_crop_is_that_of_its_file(own):
+    """Of 9 slices of 3 mm two have gone, and the others have become ten."""
+    own.prepare(("train", "validation", "test"))
+    own_frame, world = (cache.load(own.entry("case_00"), name).image for name in ("affine", "world"))
+    assert own_frame.spacing == pytest.approx((2.1, 2, 2))
+    start = [2 * 3 - 1.5 + 1.05, 0, 2 * 2]
+    np.testing.assert_allclose(world.affine, from_matvec(np.diag([2.1, 2, 2]), start))
+    np.testing.assert_allclose(world.affine, own_frame.affine)  # the file's axes and origin are those of the world

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from niftis import oblique
 
+from lib.data import images
 from lib.data.images import read_geometry, read_label
+from lib.data.normalization import Normalization
 from lib.data.preprocessing import (
     Grid,
     Preprocessing,
+    check_size,
     crop_or_pad,
     in_own_frame,
     preprocess,
@@ -23,6 +26,8 @@ from lib.data.preprocessing import (
     to_original_grid,
     zscore,
 )
+from lib.data.resampling import resample_image, resample_label
+from lib.system.error import InputError
 
 ACDC = Path(__file__).resolve().parents[1].parent / "shared" / "acdc" / "training"
 OBLIQUE = np.array([[0.0, -1.4, 0.3, 20], [1.6, 0.0, 0.1, -30], [0.2, 0.1, 8.0, 5], [0, 0, 0, 1]])
@@ -200,3 +205,208 @@ def test_crop_or_pad_by_hand(shape, crop, expected):
 def test_crop_or_pad_agrees_with_torchio(size, wanted):
     volume = torch.arange(1, 1 + int(np.prod(size))).reshape(1, *size)
     assert torch.equal(crop_or_pad(volume, wanted), tio.CropOrPad(wanted)(volume))
+
+
+# ---- nnU-Net's way
+
+PLAIN, ZSCORE = Normalization("nonorm"), Normalization("zscore")
+
+
+def own(array, spacing, kind=tio.ScalarImage):
+    """A volume (X, Y, Z), or channels of one, in its own frame."""
+    tensor = torch.from_numpy(array if array.ndim == 4 else array[None])
+    return kind(tensor=tensor, affine=np.diag([*spacing, 1.0]))
+
+
+def body(shape=(12, 15, 11), n_channels=1, seed=0):
+    """Noise about 50 in the middle of zeros, and what its crop leaves; a label of classes 0, 1, 2 in it."""
+    rng, box = np.random.default_rng(seed), (slice(2, shape[0] - 1), slice(3, shape[1] - 3), slice(0, shape[2] - 2))
+    channels = np.zeros((n_channels, *shape), np.float32)
+    channels[:, *box] = rng.normal(50, 5, channels[:, *box].shape)
+    label = np.zeros(shape, np.uint8)
+    label[box][2:5, 2:7, 1:6] = 1
+    label[box][4:7, 3:5, 2:8] = 2
+    return channels, label, box
+
+
+def one_hot_of(label, n_classes=3):
+    return torch.nn.functional.one_hot(label.long(), n_classes).permute(3, 0, 1, 2).float()
+
+
+def slabs_of(probabilities, axis, n):
+    size = probabilities.shape[axis + 1]
+    return (
+        (slice(i, min(i + n, size)), probabilities[(slice(None),) * (axis + 1) + (slice(i, i + n),)])
+        for i in range(0, size, n)
+    )
+
+
+def joined(slabs, axis):
+    slices, parts = zip(*slabs, strict=True)
+    assert [s.start for s in slices] == [0, *(s.stop for s in slices[:-1])]
+    assert all(part.shape[axis + 1] == s.stop - s.start for s, part in zip(slices, parts, strict=True))
+    return torch.cat(parts, dim=axis + 1)
+
+
+def test_crop_then_normalize_then_resample():
+    channels, label, box = body(n_channels=2)
+    recipe = Preprocessing((1.5, None, 2.0), normalizations=(ZSCORE, PLAIN), crop=True)
+    there = standardize(own(channels, (1.0, 1.2, 2.5)), recipe, own(label, (1.0, 1.2, 2.5), tio.LabelMap))
+    cropped = channels[:, *box]
+    assert cropped.shape[1:] == (9, 9, 9) and there.box == box and there.padding == (0,) * 6
+    first = (cropped[0] - cropped[0].mean()) / cropped[0].std()
+    for result, expected in zip(there.tensor.numpy(), (first, cropped[1]), strict=True):
+        np.testing.assert_allclose(result, resample_image(expected, (6, 9, 11), None), atol=1e-4)
+    assert there.label.dtype == torch.uint8
+    np.testing.assert_array_equal(there.label, resample_label(label[box], (6, 9, 11), None))
+    again = preprocess(own(channels, (1.0, 1.2, 2.5)), recipe)
+    assert torch.equal(again.tensor, there.tensor) and again.label is None  # no z-score follows
+
+
+def test_a_crop_only_if_asked_for():
+    channels, _, _ = body()
+    there = standardize(own(channels, (1, 1, 1)), Preprocessing((None,) * 3, normalizations=(PLAIN,)))
+    np.testing.assert_array_equal(there.tensor, channels)
+    assert there.box == tuple(slice(0, n) for n in channels.shape[1:])
+
+
+def test_a_masked_zscore_is_over_the_nonzero_mask_and_the_foreground():
+    """In training a label outside of the mask counts; in a prediction the mask is all that is known."""
+    array, label = np.zeros((1, 4, 4), np.float32), np.zeros((1, 4, 4), np.uint8)
+    array[0, 0, 0], array[0, 3, 3], label[0, 1, 1] = 3, 5, 1
+    recipe = Preprocessing((None,) * 3, normalizations=(Normalization("zscore", masked=True),), crop=True)
+    known = standardize(own(array, (1, 1, 1)), recipe, own(label, (1, 1, 1), tio.LabelMap)).tensor[0, 0]
+    std = np.std([3, 5, 0])
+    assert known[0, 0] == pytest.approx((3 - 8 / 3) / std) and known[1, 1] == pytest.approx(-8 / 3 / std)
+    unknown = preprocess(own(array, (1, 1, 1)), recipe).tensor[0, 0]
+    assert unknown[0, 0] == -1 and unknown[3, 3] == 1 and unknown[1, 1] == 0 == known[2, 2]
+
+
+def test_the_outside_competes_when_labels_are_resampled():
+    """The score of 1 is 0.4, more than those of the background inside and outside, but less than their sum."""
+    array = np.ones((1, 1, 5), np.float32)
+    array[0, 0, 1:3] = 0
+    array = np.concatenate([array, np.ones((1, 1, 5), np.float32)], 1)
+    label = np.zeros(array.shape, np.uint8)
+    label[0, 0, 3:] = label[0, 1, 2:] = 1
+    recipe = Preprocessing((None, 2.0, 1.0), normalizations=(PLAIN,), crop=True)
+    there = standardize(own(array, (1, 1, 1)), recipe, own(label, (1, 1, 1), tio.LabelMap))
+    assert there.label[0].tolist() == [[0, 0, 1, 1, 1]] and there.label.dtype == torch.uint8
+
+
+def test_labels_keep_what_does_not_count():
+    channels, label, box = body()
+    label[5:8, 6:9, 3:6] = 3
+    recipe = Preprocessing((1.4, 0.8, 1.0), normalizations=(ZSCORE,), crop=True)
+    there = standardize(own(channels, (1, 1, 1)), recipe, own(label.astype(np.int16), (1, 1, 1), tio.LabelMap))
+    assert there.label.dtype == torch.int16 and set(there.label.unique().tolist()) == {0, 1, 2, 3}
+
+
+def test_the_affine_leads_to_the_places_of_the_voxels():
+    """In a crop of which each voxel tells its own place along each axis."""
+    places = np.stack(np.meshgrid(*map(np.arange, (24, 30, 20)), indexing="ij")) * [[[[1.0]]], [[[1.5]]], [[[2.5]]]]
+    places[:, :3] = places[:, :, :, 17:] = 0
+    places[0, 3:, :, :17] += 100  # none of the others is 0
+    recipe = Preprocessing((0.9, 2.0, 2.2), normalizations=(PLAIN,) * 3, crop=True)
+    there = standardize(own(places.astype(np.float32), (1.0, 1.5, 2.5)), recipe)
+    assert there.tensor.shape[1:] == (23, 22, 19)
+    index = np.stack(np.meshgrid(*map(np.arange, there.tensor.shape[1:]), indexing="ij"), -1)
+    expected = index @ there.affine[:3, :3].T + there.affine[:3, 3] + [100, 0, 0]
+    inside = np.s_[6:-6, 6:-6, 6:-6]  # at the borders the nearest voxel goes on
+    found = there.tensor.numpy().transpose(1, 2, 3, 0)
+    np.testing.assert_allclose(found[inside], expected[inside], atol=0.02)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("slab_voxels", [1, 700, 2**24])
+def test_labels_come_back_exactly_where_nothing_is_resampled(axis, slab_voxels):
+    channels, label, box = body()
+    image = own(channels, (1, 1, 3))
+    recipe = Preprocessing((None,) * 3, normalizations=(ZSCORE,), crop=True)
+    there = standardize(image, recipe, own(label, (1, 1, 3), tio.LabelMap))
+    grid = Grid(image.spatial_shape, image.affine)
+    back = joined(to_original_grid(slabs_of(one_hot_of(there.label), axis, 2), axis, there, grid, slab_voxels), axis)
+    assert back.dtype == torch.float32
+    assert torch.equal(back, one_hot_of(torch.from_numpy(label)))  # outside of the crop: background, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("old_mm", "new_mm"),
+    [((1, 1, 1), (1.3, 0.8, 1.1)), ((1, 1, 4), (1.2, 1.3, 4)), ((1, 4, 1), (0.8, 3, 1.1)), ((2, 2, 2), (1, 1, None))],
+)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_streaming_is_the_whole_computation(old_mm, new_mm, axis):
+    """And what comes back is the label that went there, but for its borders."""
+    channels, label, box = body((40, 44, 36))
+    label = np.kron(body((10, 11, 9))[1], np.ones((4, 4, 4), np.uint8)) * (channels[0] != 0)
+    image = own(channels, old_mm)
+    there = standardize(
+        image, Preprocessing(new_mm, normalizations=(ZSCORE,), crop=True), own(label, old_mm, tio.LabelMap)
+    )
+    grid, one_hot = Grid(image.spatial_shape, image.affine), one_hot_of(there.label)
+    whole_volume = joined(to_original_grid([(slice(0, one_hot.shape[1]), one_hot)], 0, there, grid), 0)
+    for n, slab_voxels in ((1, 1), (3, 30_000), (50, 5000)):
+        streamed = joined(to_original_grid(slabs_of(one_hot, axis, n), axis, there, grid, slab_voxels), axis)
+        assert torch.equal(streamed, whole_volume)
+    assert torch.allclose(whole_volume.sum(0), torch.ones(label.shape), atol=1e-5)
+    back = whole_volume.argmax(0).numpy()
+    for k in (1, 2):
+        assert 2 * ((back == k) & (label == k)).sum() / ((back == k).sum() + (label == k).sum()) > 0.9
+
+
+def test_slabs_are_read_only_when_they_are_needed():
+    channels, _, box = body((60, 20, 20))
+    image = own(channels, (1, 1, 1))
+    there = standardize(image, Preprocessing((2.0, 1.0, 1.0), normalizations=(ZSCORE,), crop=True))
+    read = []
+
+    def source():
+        for where, slab in slabs_of(torch.full((2, *there.tensor.shape[1:]), 0.5), 0, 2):
+            read.append(where.stop)
+            yield where, slab
+
+    grid = Grid(image.spatial_shape, image.affine)
+    for slab, _ in to_original_grid(source(), 0, there, grid, 5 * 2 * 400):
+        assert slab.stop - slab.start <= 5 and read[-1] <= max(2, (slab.stop - box[0].start) / 2 + 4)
+    assert slab.stop == 60 and read[-1] == there.tensor.shape[1]
+
+
+def test_published_data_sets_come_back_along_any_axis():
+    image = tio.ScalarImage(tensor=torch.rand(1, 13, 11, 7), affine=OBLIQUE)
+    there = standardize(image, Preprocessing((2.0, 1.0, None), min_size=(9, 30, 4)))
+    probabilities, grid = torch.rand(3, *there.tensor.shape[1:]), Grid(image.spatial_shape, image.affine)
+    expected = whole(to_original_grid(one_slab(probabilities), 0, there, grid))
+    for axis in range(3):
+        assert torch.equal(
+            joined(to_original_grid(slabs_of(probabilities, axis, 2), axis, there, grid), axis), expected
+        )
+        some = joined(to_original_grid(slabs_of(probabilities, axis, 3), axis, there, grid, 100), axis)
+        assert torch.allclose(some, expected, atol=1e-6)
+
+
+def test_the_shape_is_known_beforehand(tmp_path):
+    array = np.random.default_rng(0).normal(9, 1, (12, 10, 8)).astype(np.float32)
+    path = write(tmp_path / "a.nii.gz", array, np.diag([-1.0, -2.0, 3.0, 1.0]))
+    recipe = Preprocessing((2.5, 1.5, None), orientation="SPL", normalizations=(ZSCORE,), crop=True)
+    assert preprocessed_shape(read_geometry(path), recipe) == (10, 13, 12)
+    assert preprocess(read_image(path, "SPL"), recipe).tensor.shape == (1, 10, 13, 12)
+    with pytest.raises(InputError, match="a.nii.gz: its voxels of 1 x 2 x 3 mm would become"):
+        check_size(path, read_geometry(path), Preprocessing((0.01,) * 3, normalizations=(ZSCORE,)))
+
+
+def test_channels_are_those_that_are_normalized(tmp_path, monkeypatch):
+    array = np.random.default_rng(0).integers(0, 256, (6, 5, 4)).astype(np.float32)
+    path, other = write(tmp_path / "a.nii.gz", array), write(tmp_path / "b.nii.gz", array + 1)
+    one, two = (Preprocessing((None,) * 3, normalizations=(Normalization("rgb_to_0_1"),) * n) for n in (1, 2))
+    assert read_channels([path], one)[0].shape == (1, 6, 5, 4)
+    with pytest.raises(InputError, match="a.nii.gz: this image has 1 channels, but 2 are needed"):
+        read_channels([path], two)
+    with pytest.raises(InputError, match="a.nii.gz: this image has 2 channels, but 1 are needed"):
+        read_channels([path, other], one)
+    with pytest.raises(InputError, match="b.nii.gz: its intensities are 1 to 256, but"):
+        read_channels([path, other], two)
+    both = [images.read_image(path), images.read_image(path)]
+    monkeypatch.setattr("lib.data.preprocessing.read_channels_of", lambda path: list(both))
+    image, file = read_channels(path, two)
+    assert image.shape == (2, 6, 5, 4) and file.n_bytes == path.stat().st_size
+    assert file.sha256 == both[0].sha256

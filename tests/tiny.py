@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
+from lib.data.normalization import Normalization
 
 
 def find(root):
@@ -38,6 +39,14 @@ Tiny2D = replace(
     Tiny3D, name="tiny2", preprocessing=Preprocessing((2.0, 2.0, None)), patch_size=(16, 12), patches_per_volume=None
 )
 
+# The same files, preprocessed as nnU-Net does; the value 2 of truths does not count
+Own = replace(
+    Tiny3D,
+    name="own",
+    preprocessing=Preprocessing((2.0, 2.0, 2.0), normalizations=(Normalization("zscore"),), crop=True),
+    ignore=2,
+)
+
 
 def write_case(root: Path, case: int, shape=(9, 14, 11), spacing=(3.0, 2.0, 2.0), label=True, **changes):
     rng = np.random.default_rng(case)
@@ -46,6 +55,7 @@ def write_case(root: Path, case: int, shape=(9, 14, 11), spacing=(3.0, 2.0, 2.0)
     truth = np.zeros(shape, np.uint8)
     truth[2:6, 4:9, 3:8] = 1
     image = (rng.normal(0, 60, shape) + 120 * truth).astype(np.float32)
+    image[: changes.get("zeros", 0)] = image[:, :, : changes.get("zeros", 0)] = 0
     affine = np.diag([*spacing, 1.0])
     nib.save(nib.Nifti1Image(image, affine), folder / "image.nii.gz")
     if label:
