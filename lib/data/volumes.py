@@ -44,7 +44,8 @@ class AugmentedPatches(Dataset):
         self.folders, self.patch_size, self.seeds = folders, patch_size, seeds
         self.n = dataset.patches_per_volume
         self.field = tuple(map(max, patch_size, dataset.patch_size))
-        self.augmentation = augmentation(dataset.dim, final_zscore=not dataset.preprocessing.normalizations)
+        normalized = dataset.preprocessing.normalizations
+        self.augmentation = augmentation(dataset.dim, final_zscore=False) if normalized else augmentation(dataset.dim)
 
     def __len__(self) -> int:
         return len(self.folders)
