@@ -47,7 +47,7 @@ def fit(
     while state.epoch < epochs:
         done = state.rule.done
         if done:
-            criterion = DS_CrossEntropyDiceLoss()
+            criterion = DS_CrossEntropyDiceLoss(criterion.ignore)
         start = time.perf_counter()
         epoch = state.epoch + 1
         rate = poly_lr(lr, epoch - done, epochs - done)
@@ -221,7 +221,9 @@ def _validate_volume(
 
 
 def overlap(prediction: Tensor, truth: Tensor, n_classes: int) -> Tensor:
-    """(3, n_classes) voxel counts: predicted and true, predicted, true."""
+    """(3, n_classes) voxel counts: predicted and true, predicted, true. Voxels whose truth is no class do not count."""
+    counted = truth < n_classes
+    prediction, truth = prediction[counted], truth[counted]
     return torch.stack(
         [
             torch.bincount(labels.flatten(), minlength=n_classes)

@@ -75,3 +75,59 @@ def test_gradients_are_finite_where_a_probability_is_zero():
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
+
+
+# ---- voxels that are ignored
+
+
+def test_ignored_voxels_do_not_count_by_hand():
+    # the second of two voxels has no class; class 0: sum(p y) = sum(p) = 0.5, sum(y) = 1; class 1: 0, 0.5, 0
+    p = torch.tensor([[[[0.5, 0.75]], [[0.5, 0.25]]]])
+    y = torch.tensor([[[0, 2]]])
+    assert cross_entropy(p, y, ignore=True).item() == pytest.approx(math.log(2))
+    assert dice_loss(p, y, ignore=True).item() == pytest.approx(1 - (2 / 3 + 0) / 2)
+
+
+def test_the_cross_entropy_without_an_ignored_voxel_is_that_of_nnunet():
+    logits = torch.zeros(2, 3, 2, 2)
+    logits[0, 0, 0, 0], logits[0, 0, 1, 1], logits[0, 1, 0, 1], logits[0, 2, 1, 0] = 2, 1, 1, 3
+    labels = torch.tensor([[[0, 1], [2, 0]], [[0, 0], [1, 1]]])
+    assert cross_entropy(logits.softmax(1), labels, ignore=True).item() == pytest.approx(0.7289758)
+    labels[0, 0, 0] = 3
+    assert cross_entropy(logits.softmax(1), labels, ignore=True).item() == pytest.approx(0.3103243 + 0.4885702)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 4, 6, 8)])
+def test_the_loss_is_that_of_the_voxels_that_count(shape):
+    """Whatever stands at the others, which get no gradient at any head."""
+    labels = torch.randint(0, 3, shape)
+    logits = [torch.randn(shape[0], 3, *(size // 2**k for size in shape[1:])).requires_grad_() for k in range(2)]
+    halves = [one.detach()[..., one.shape[-1] // 2 :] for one in logits]
+    expected = DS_CrossEntropyDiceLoss()([half.softmax(1) for half in halves], labels[..., 4:])
+    labels[..., :4] = 3
+    loss = DS_CrossEntropyDiceLoss(ignore=True)([one.softmax(1) for one in logits], labels)
+    torch.testing.assert_close(loss.detach(), expected)
+    loss.backward()
+    for one in logits:
+        ignored, counted = one.grad.chunk(2, -1)
+        assert (ignored == 0).all() and (counted != 0).any()
+
+
+def test_a_batch_in_which_nothing_counts_has_a_finite_loss():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = DS_CrossEntropyDiceLoss_Distance(0.5, ignore=True)(
+        [logits.softmax(1)], torch.full((2, 4, 4), 3), {"a": torch.ones(2, 1)}
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(1 + 0.5) and (logits.grad == 0).all()
+
+
+def test_without_ignored_voxels_nothing_changes():
+    p, y = torch.randn(2, 3, 8, 8).softmax(1), torch.randint(0, 3, (2, 8, 8))
+    torch.testing.assert_close(DS_CrossEntropyDiceLoss(ignore=True)([p], y), DS_CrossEntropyDiceLoss()([p], y))
+
+
+def test_targets_of_levels_that_do_not_halve_every_axis():
+    labels = torch.arange(5 * 16 * 16).reshape(1, 5, 16, 16)
+    assert resize_labels(labels, torch.Size([5, 8, 8])).equal(labels[:, :, ::2, ::2])
+    assert resize_labels(labels[:, :1], torch.Size([1, 4, 16])).equal(labels[:, :1, ::4])

@@ -186,6 +186,31 @@ def test_overlap_counts():
     assert overlap(prediction, truth, 3).tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 2]]
 
 
+def test_overlap_leaves_out_what_is_ignored():
+    prediction, truth = torch.tensor([0, 1, 1, 2, 2, 0]), torch.tensor([0, 1, 2, 2, 3, 3])
+    assert overlap(prediction, truth, 3).tolist() == [[1, 1, 1], [1, 2, 1], [1, 1, 2]]
+
+
+def test_a_training_with_ignored_voxels(tmp_path):
+    """Also after a budget is met, and where a validation volume has nothing but them."""
+
+    class Data(TinyData):
+        def train_batches(self, epoch):
+            for batch in super().train_batches(epoch):
+                batch["label"][:, :4] = 2
+                yield batch
+
+        def validation_volumes(self):
+            yield from super().validation_volumes()
+            yield {"image": torch.randn(1, 1, 8, 8), "label": torch.full((1, 8, 8), 2), "id": "none"}
+
+    state = make_state(tmp_path)
+    settings = {"epochs": 4, "lr": 1e-2, "val_interval": 2, "device": CPU}
+    fit(state, DS_CrossEntropyDiceLoss_Distance(0.5, ignore=True), Data(), [is_done_after_2], **settings)
+    assert state.rows[-1]["train_loss"] < state.rows[0]["train_loss"]
+    assert state.validation["4"]["dice"]["none"] == [None, None]
+
+
 def test_lambda_changes_the_gradient_and_a_plain_network_needs_no_distances(tmp_path):
     batch = next(iter(TinyData().train_batches(1)))
     model = make_state(tmp_path).model
