@@ -146,6 +146,114 @@ def test_an_image_that_is_its_own_label_stays_so_on_the_way_into_a_batch(dataset
             assert ((image > middle) == (label.roll(shift, axis) == 1)).float().mean() < agreement - 0.02
 
 
+# ---- steps, foreground
+
+
+def same(a, b):
+    return [batch["id"] for batch in a] == [batch["id"] for batch in b] and all(
+        torch.equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("image", "label")
+    )
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+@pytest.mark.parametrize("steps", [1, 4, 40])
+def test_an_epoch_of_so_many_batches(dataset, steps, folder, cache_path):
+    """Whole ones, whether that takes some of the volumes or all of them several times."""
+    data = Loader(dataset, folder, cache_path, steps=steps)
+    batches = list(data.train_batches(0))
+    assert len(batches) == steps == data.n_train_batches()
+    assert all(len(batch["id"]) == len(batch["image"]) == 3 for batch in batches)
+    visits, numbers = data.epoch(0)
+    folders = [folder.name for folder in visits.folders]
+    for start in range(0, len(folders), 7):
+        assert len(set(folders[start : start + 7])) == len(folders[start : start + 7])
+    assert len(set(visits.seeds)) == len(folders)
+    assert len({number for batch in numbers for number in batch}) == 3 * steps
+    assert not same(batches, list(data.train_batches(1)))
+
+
+def test_visits_of_one_volume_augment_it_anew(folder, cache_path):
+    volumes, _ = Loader(Tiny3D, folder, cache_path, patch_size=(16, 16, 16), steps=40).epoch(0)
+    first = volumes.folders[0]
+    images = [volumes[i]["image"] for i, folder in enumerate(volumes.folders) if folder == first]
+    assert len(images) > 5 and len({image.tobytes() for image in images}) == len(images)
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_batches_with_steps_and_foreground_follow_from_seed_and_epoch_alone(dataset, folder, cache_path, monkeypatch):
+    monkeypatch.setattr(loading, "QUEUE", 3)
+    settings = {"steps": 11, "foreground": 0.33}
+
+    def epoch(number=0, **more):
+        state = torch.get_rng_state()
+        batches = list(Loader(dataset, folder, cache_path, **settings, **more).train_batches(number))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(1)
+        return batches
+
+    batches = epoch()
+    assert same(batches, epoch(num_workers=2)) and not same(batches, epoch(seed_train=43))
+    parts = []
+    for rank in range(2):  # each has its part of what one process has, though it loads all volumes here
+        monkeypatch.setattr(
+            loading.distributed, "share", lambda n, rank=rank: slice(n * rank // 2, n * (rank + 1) // 2)
+        )
+        parts.append(epoch())
+    for batch, *own in zip(batches, *parts, strict=True):
+        assert batch["image"].equal(torch.cat([part["image"] for part in own]))
+        assert all(part["id"] == batch["id"] for part in own)
+
+
+@pytest.mark.parametrize("dataset", [Tiny2D, Tiny3D])
+def test_every_batch_holds_its_share_of_foreground(dataset, tmp_path, unchanged):
+    """Little of the volumes is foreground, and one of them has none at all."""
+    truth = np.zeros((40, 40, 40), np.uint8)
+    truth[30:32, 3:5, 30:32] = 1
+    for case in range(10):
+        write_case(tmp_path, case, truth.shape, (3.0, 2.0, 2.0), truth=truth * (case != 5))
+    small = (5, 4) if dataset is Tiny2D else (2, 5, 4)
+    data = Loader(dataset, tmp_path, tmp_path / "cache", patch_size=small, batch_size=6, steps=30, foreground=0.33)
+    batches = list(data.train_batches(0))
+    shown = torch.stack([batch["label"].flatten(1).any(1) for batch in batches])
+    with_some = torch.tensor([[id_ != "case_05" for id_ in batch["id"]] for batch in batches])
+    assert shown.shape == (30, 6) and with_some.float().mean() > 0.7
+    assert (shown[:, 4:] == with_some[:, 4:]).all()  # round(6 * 0.67) = 4
+    assert shown[:, :4].float().mean() < 0.1
+
+
+def test_slices_of_an_own_data_set_are_neither_cropped_nor_shown_from_the_centre_alone(tmp_path, unchanged):
+    """Neither to its patch in training nor in validation, whose patches cover every slice."""
+    truth = np.zeros((40, 36, 3), np.uint8)
+    for case in range(10):
+        write_case(tmp_path, case, truth.shape, (2.0, 2.0, 2.0), truth=truth)
+    dataset = replace(Tiny2D, patch_size=(16, 12))
+    data = Loader(dataset, tmp_path, tmp_path / "cache", steps=60, foreground=0.33)
+    whole = {subject["id"]: subject.image.data[0].numpy() for subject in data.get("train")}
+    starts = []
+    for batch in data.train_batches(0):
+        for image, id_ in zip(batch["image"][:, 0].numpy(), batch["id"], strict=True):
+            at = np.argwhere(np.isclose(whole[id_], image[0, 0], atol=1e-4))
+            (start,) = [
+                (x, y, z)
+                for x, y, z in at
+                if x <= 24 and y <= 24 and np.allclose(whole[id_][x : x + 16, y : y + 12, z], image, atol=1e-4)
+            ]
+            starts.append(start)
+    starts = np.array(starts)
+    assert (starts[:, :2].min(0) < 3).all() and starts[:, 0].max() > 21 and starts[:, 1].max() > 21
+    assert (starts[:, :2] == [12, 12]).all(1).mean() < 0.1
+    (volume,) = data.validation_volumes()
+    assert volume["image"].shape == (3 * 3 * 3, 1, 16, 12)
+    (subject,) = data.get("validation")
+    assert volume["image"][-1, 0].equal(subject.image.data[0, 24:, 24:, 2])
+
+
+@pytest.mark.parametrize(("wrong", "flag"), [({"steps": 0}, "--steps"), ({"foreground": 1.5}, "--foreground")])
+def test_wrong_steps_and_foreground(wrong, flag, folder):
+    with pytest.raises(InputError, match=flag):
+        Loader(Tiny3D, folder, **wrong)
+
+
 def test_validation_is_every_slice_or_a_grid_that_covers(folder, cache_path):
     data = Loader(Tiny2D, folder, cache_path, "0.5:0.5")
     volumes = list(data.validation_volumes())

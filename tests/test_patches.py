@@ -52,3 +52,66 @@ def test_a_patch_smaller_than_the_slice_also_sees_what_lies_around_the_centre():
     for shape in ((400, 300, 2), (319, 450, 1), (20, 321, 3)):
         volume = torch.rand(1, *shape)
         assert patches.field_of_view(volume, (320, 320), (320, 320)).equal(patches.fit(volume, (320, 320)))
+
+
+# ---- foreground
+
+
+def chosen(label, patch_size, n_classes, foreground, ignore=False):
+    return patches.chosen_starts(label, patch_size, n_classes, ignore, foreground)
+
+
+def holds(label, start, patch_size):
+    whole = (*patch_size, 1)[:3]
+    return label[tuple(slice(s, s + p) for s, p in zip(start, whole, strict=True))]
+
+
+@given(SIZES, st.one_of(st.tuples(*[st.integers(1, 12)] * 2), SIZES), st.integers(0, 999))
+def test_a_foreground_patch_lies_in_the_volume_and_shows_foreground(size, patch_size, seed):
+    torch.manual_seed(seed)
+    label = patches.padded(torch.randint(0, 3, size, dtype=torch.uint8), patch_size).numpy()
+    for start in chosen(label, patch_size, 3, [True] * 4):
+        part = holds(label, start, patch_size)
+        assert part.shape == (*patch_size, 1)[:3] and min(start) >= 0
+        assert part.any() or not label.any()
+
+
+def test_the_class_is_uniform_and_then_the_voxel():
+    """Of a class of two voxels and one of 27, each is met equally often, and so is each of its voxels."""
+    label = np.zeros((9, 9, 20), np.uint8)
+    label[1, 7, [3, 16]] = 1
+    label[3:6, 3:6, 9:12] = 3  # class 2 is not there
+    torch.manual_seed(0)
+    starts = chosen(label, (1, 1, 1), 4, [True] * 2000)
+    found = np.array([label[start] for start in starts])
+    assert set(found) == {1, 3} and abs((found == 1).mean() - 0.5) < 0.04
+    assert abs(np.mean([start[2] == 3 for start in starts if label[start] == 1]) - 0.5) < 0.05
+    assert len({start for start in starts if label[start] == 3}) == 27
+
+
+def test_a_foreground_patch_starts_half_its_size_before_the_voxel_unless_the_volume_ends():
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[10, 1, 18] = 1
+    assert chosen(label, (4, 4, 5), 2, [True]) == [(8, 0, 15)]
+    assert chosen(label, (5, 20, 1), 2, [True]) == [(8, 0, 18)]
+    assert chosen(label, (4, 4), 2, [True]) == [(8, 0, 18)]  # 2D: the slice of the voxel
+
+
+def test_without_foreground_a_patch_lies_anywhere():
+    label = np.zeros((8, 8, 8), np.uint8)
+    torch.manual_seed(0)
+    assert len(set(chosen(label, (4, 4, 4), 3, [True] * 200))) > 80
+    label[0, 0, 0] = 2
+    torch.manual_seed(0)
+    starts = chosen(label, (4, 4, 4), 3, [False, True] * 200)
+    assert set(starts[1::2]) == {(0, 0, 0)} and len(set(starts[::2])) > 80
+
+
+def test_what_is_ignored_is_no_foreground_and_other_patches_lie_around_what_is_not():
+    label = np.full((12, 12, 12), 2, np.uint8)  # of two classes
+    label[5:7, 5:7, 2], label[6, 6, 9] = 0, 1
+    starts = chosen(label, (1, 1, 1), 2, [False] * 300 + [True] * 20, ignore=True)
+    assert {int(label[start]) for start in starts[:300]} == {0, 1} and len(set(starts[:300])) == 5
+    assert set(starts[300:]) == {(6, 6, 9)}
+    label[:] = 2
+    assert len(set(chosen(label, (1, 1, 1), 2, [False, True] * 50, ignore=True))) > 50

@@ -1,6 +1,7 @@
 """From a data set's files to batches: preprocessing into the cache, then patches, by worker processes and ranks."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import signal
@@ -14,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.data import cache, images, nifti, patches
+from lib.data import cache, images, nifti, patches, schedule
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.volumes import AugmentedPatches, Volumes
 from lib.system import distributed
@@ -37,6 +37,9 @@ class Loader:
     split's seed; fold: see `BaseDataset.partitions`.
     patch_size, batch_size: those of the data set if None.
     num_workers: processes that augment; the batches are the same whatever it is. seed_train: of all that is random.
+    steps: the batches of an epoch; None: as many as it takes to see every training volume once.
+    foreground: the share of a batch's patches that must show foreground. With one, and where the data set is normalized
+    as by nnU-Net, patches lie anywhere in the volume, and validation covers whole slices; else as published.
 
     Raises InputError where no image is found, or an argument is wrong.
     """
@@ -56,15 +59,23 @@ class Loader:
         num_workers: int = 0,
         seed_train: int = 42,
         fold: str | None = None,
+        steps: int | None = None,
+        foreground: float = 0.0,
     ):
         self.dataset = dataset
         self.patch_size = dataset.patch_size if patch_size is None else tuple(patch_size)
         self.batch_size = dataset.defaults["batch_size"] if batch_size is None else batch_size
         self.num_workers, self.seed_train = num_workers, seed_train
+        self.steps, self.foreground = steps, foreground
+        self.anywhere = foreground > 0 or bool(dataset.preprocessing.normalizations)
         if len(self.patch_size) != len(dataset.patch_size) or min(self.patch_size) < 1:
             raise InputError(f"--patch_size {self.patch_size}: {dataset.name} needs {dataset.dim[0]} positive numbers")
         if self.batch_size < 1:
             raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
+        if steps is not None and steps < 1:
+            raise InputError(f"--steps {steps}: must be at least 1")
+        if not 0 <= foreground <= 1:
+            raise InputError(f"--foreground {foreground}: must be a share from 0 to 1")
         self._files = dataset.partitions(data_path, split, seed_data, fold)
         self.ids = {part: [file.id for file in files] for part, files in self._files.items()}
         found = {dataset.case_of(id_) for ids in self.ids.values() for id_ in ids}
@@ -162,16 +173,32 @@ class Loader:
 
     def n_train_batches(self) -> int:
         """How many batches `train_batches` yields, the same in every epoch."""
-        self.prepare(["train"])
-        folders = [self.entry(id_) for id_ in self.ids["train"]]
-        n = sum(self.dataset.patches_per_volume or cache.n_slices(folder) for folder in folders)
-        return ceil(n / self.batch_size)
+        sizes = self._sizes()
+        return ceil(sum(sizes) / self.batch_size) if self.steps is None else self.steps
 
-    def augmented(self, epoch: int) -> AugmentedPatches:
-        """The patches of an epoch, by training volume."""
-        folders = [self.entry(id_) for id_ in self.ids["train"]]
-        seeds = [_seed(self.seed_train, epoch, index) for index in range(len(folders))]
-        return AugmentedPatches(folders, self.dataset, self.patch_size, seeds)
+    def _sizes(self) -> list[int]:
+        """How many patches each training volume gives when it is augmented."""
+        self.prepare(["train"])
+        n = self.dataset.patches_per_volume
+        return [n or cache.n_slices(self.entry(id_)) for id_ in self.ids["train"]]
+
+    def epoch(self, number: int) -> tuple[AugmentedPatches, list[list[int]]]:
+        """The patches of an epoch by visit of a training volume, and those of each batch by number: the first visit has
+        the first numbers."""
+        generator = torch.Generator().manual_seed(_seed(self.seed_train, number))
+        sizes, folders = self._sizes(), [self.entry(id_) for id_ in self.ids["train"]]
+        n_patches = self.steps and self.steps * self.batch_size
+        visits = schedule.visits(sizes, n_patches, generator)
+        sizes = [sizes[volume] for volume in visits]
+        batches = schedule.batches(sizes, self.batch_size, QUEUE, generator)[: self.steps]
+        foreground = None
+        if self.anywhere:
+            shows = iter(schedule.foreground(batches, self.foreground, sum(sizes)))
+            foreground = [list(islice(shows, n)) for n in sizes]
+        of = visits if self.steps is None else range(len(visits))
+        seeds = [_seed(self.seed_train, number, i) for i in of]
+        folders = [folders[volume] for volume in visits]
+        return AugmentedPatches(folders, self.dataset, self.patch_size, seeds, foreground), batches
 
     def train_batches(self, epoch: int) -> Iterator[dict]:
         """{"image": (B, C, *patch_size) float32, "label": (B, *patch_size) int64, "id": [B ids]}, B = batch_size but in
@@ -183,17 +210,15 @@ class Loader:
         Each training volume is augmented whole and gives as many random slices as it has (2D; cropped or padded
         centrally to the data set's own patch; a smaller patch lies in its centre or, in half of the cases, anywhere) or
         `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed within every
-        `QUEUE` volumes. All of it follows from (seed_train, epoch).
+        `QUEUE` volumes. With `steps`, more such orders follow, or the last volumes do not come. All of it follows from
+        (seed_train, epoch).
         """
-        self.prepare(["train"])
-        generator = torch.Generator().manual_seed(_seed(self.seed_train, epoch))
-        volumes = self.augmented(epoch)
-        order = torch.randperm(len(volumes), generator=generator).tolist()
+        volumes, batches = distributed.together(self.epoch, epoch)
         loaded = iter(
             DataLoader(
                 volumes,
                 batch_size=None,
-                sampler=order[distributed.rank() :: distributed.world_size()],
+                sampler=range(distributed.rank(), len(volumes), distributed.world_size()),
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
                 worker_init_fn=_start_loader,
@@ -201,20 +226,26 @@ class Loader:
                 prefetch_factor=ceil(QUEUE / self.num_workers) if self.num_workers else None,
             )
         )
-        image, label, ids = *self._empty(0), []
-        for start in range(0, len(order), QUEUE):
-            queue = self._queue(loaded, range(start, min(start + QUEUE, len(order))))
-            image = np.concatenate([image, *(volume["image"] for volume in queue)])
-            label = np.concatenate([label, *(volume["label"] for volume in queue)])
-            ids = ids + [volume["id"] for volume in queue for _ in volume["image"]]
-            mixed = torch.randperm(len(ids), generator=generator).tolist()
-            n_full = len(ids) // self.batch_size * self.batch_size
-            for first in range(0, n_full, self.batch_size):
-                yield _batch(image, label, ids, mixed[first : first + self.batch_size])
-            rest = mixed[n_full:]
-            image, label, ids = image[rest], label[rest], [ids[i] for i in rest]
-        if ids:
-            yield _batch(image, label, ids, list(range(len(ids))))
+        queues = (range(len(volumes))[start : start + QUEUE] for start in range(0, len(volumes), QUEUE))
+        held, numbers = {}, itertools.count()
+        for batch in batches:
+            while not all(number in held for number in batch):
+                for volume in self._queue(loaded, next(queues)):
+                    for image, label in zip(volume["image"], volume["label"], strict=True):
+                        held[next(numbers)] = (image, label, volume["id"])
+            yield self._batch([held.pop(number) for number in batch])
+
+    def _batch(self, chosen: list[tuple[np.ndarray, np.ndarray, str]]) -> dict:
+        """Of patches (image, label, id): this rank's part of the images and labels, and all ids."""
+        own = chosen[distributed.share(len(chosen))]
+        image, label = self._empty(len(own))
+        for i, patch in enumerate(own):
+            image[i], label[i], _ = patch
+        return {
+            "image": torch.from_numpy(image),
+            "label": torch.from_numpy(label).long(),
+            "id": [id_ for _, _, id_ in chosen],
+        }
 
     def _queue(self, loaded: Iterator[dict], positions: range) -> list[dict]:
         """The volumes at these positions of the epoch's order. The ranks take turns at loading them."""
@@ -246,21 +277,17 @@ class Loader:
         """{"image": (N, C, *patch_size) float32, "label": (N, *patch_size) int64, "id"} of each validation volume; the
         ranks take turns.
 
-        2D: all slices, cropped or padded centrally; 3D: the fewest evenly spread patches that cover the volume.
+        2D: all slices, cropped or padded centrally; 3D, and where patches lie `anywhere`: the fewest evenly spread
+        patches that cover the volume.
         """
+        fit = patches.padded if self.anywhere else patches.fit
         volumes = self.get("validation")
         for index in range(distributed.rank(), len(volumes), distributed.world_size()):
             subject = volumes[index]
-            image, label = (patches.fit(subject[key].data, self.patch_size) for key in ("image", "label"))
+            image, label = (fit(subject[key].data, self.patch_size) for key in ("image", "label"))
             starts = patches.grid_starts(image.shape[1:], self.patch_size)
             image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0]))
             yield {"image": image, "label": label.long(), "id": subject["id"]}
-
-
-def _batch(image: np.ndarray, label: np.ndarray, ids: list[str], chosen: list[int]) -> dict:
-    own = chosen[distributed.share(len(chosen))]
-    images: Tensor = torch.from_numpy(image[own])
-    return {"image": images, "label": torch.from_numpy(label[own]).long(), "id": [ids[i] for i in chosen]}
 
 
 def _unchanged(item: dict) -> dict:

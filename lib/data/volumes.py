@@ -37,12 +37,20 @@ class AugmentedPatches(Dataset):
     """By training volume: {"image": (n, C, *patch_size) float32, "label": (n, *patch_size) of the cache's type, "id"}.
 
     These are numpy arrays, which go from process to process through a pipe and need no shared memory. What is random
-    at an index follows from its seed.
+    at an index follows from its seed. `foreground` says of the patches of each volume which must show foreground, and
+    then they lie anywhere in it: see `patches.chosen_starts`. None: as published.
     """
 
-    def __init__(self, folders: list[Path], dataset: BaseDataset, patch_size: tuple[int, ...], seeds: Sequence[int]):
-        self.folders, self.patch_size, self.seeds = folders, patch_size, seeds
-        self.n = dataset.patches_per_volume
+    def __init__(
+        self,
+        folders: list[Path],
+        dataset: BaseDataset,
+        patch_size: tuple[int, ...],
+        seeds: Sequence[int],
+        foreground: Sequence[Sequence[bool]] | None = None,
+    ):
+        self.folders, self.patch_size, self.seeds, self.foreground = folders, patch_size, seeds, foreground
+        self.n, self.n_classes, self.ignore = dataset.patches_per_volume, dataset.n_classes, dataset.ignore is not None
         self.field = tuple(map(max, patch_size, dataset.patch_size))
         normalized = dataset.preprocessing.normalizations
         self.augmentation = augmentation(dataset.dim, final_zscore=False) if normalized else augmentation(dataset.dim)
@@ -58,12 +66,16 @@ class AugmentedPatches(Dataset):
         with _seeded(self.seeds[index]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The maximum displacement is larger", RuntimeWarning)
             subject = self.augmentation(subject)
-            image, label = (
-                patches.field_of_view(subject[key].data, self.field, self.patch_size) for key in ("image", "label")
-            )
-            draw = patches.centred_or_random_starts if len(self.patch_size) == 2 else patches.random_starts
-            starts = draw(image.shape[1:], self.patch_size, self.n or image.shape[-1])
-        image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label[0].to(label_type)))
+            image, label = subject.image.data, subject.label.data[0].to(label_type)
+            if self.foreground is None:
+                image, label = (patches.field_of_view(one, self.field, self.patch_size) for one in (image, label))
+                draw = patches.centred_or_random_starts if len(self.patch_size) == 2 else patches.random_starts
+                starts = draw(label.shape, self.patch_size, self.n or label.shape[-1])
+            else:
+                image, label = (patches.padded(one, self.patch_size) for one in (image, label))
+                classes = self.n_classes, self.ignore
+                starts = patches.chosen_starts(label.numpy(), self.patch_size, *classes, self.foreground[index])
+        image, label = (patches.cut(volume, self.patch_size, starts) for volume in (image, label))
         return {"image": image.numpy(), "label": label.numpy(), "id": subject["id"]}
 
 

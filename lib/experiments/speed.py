@@ -118,7 +118,7 @@ def data(args: argparse.Namespace) -> None:
     n, n_patches, difference = min(args.volumes, len(loader.ids["train"])), 0, 0.0
     seconds: dict[str, list[float]] = {"torchio's chain": [], "ours": []}
     for repeat in range(args.repeats):  # every repeat draws anew, the same for both sides
-        volumes, images = {name: loader.augmented(repeat) for name in seconds}, {name: [] for name in seconds}
+        volumes, images = {name: loader.epoch(repeat)[0] for name in seconds}, {name: [] for name in seconds}
         volumes["torchio's chain"].augmentation = baselines.torchio_chain(loader.dataset.dim)
 
         def augment(name: str, items: Iterator[dict], images: dict = images) -> None:
