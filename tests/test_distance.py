@@ -122,3 +122,24 @@ def test_bfloat16_maps_are_measured_in_float32(name):
     torch.testing.assert_close(delta, DISTANCES[name](h.float()), rtol=0.02, atol=0.01)
     delta.sum().backward()
     assert h.grad.dtype == torch.bfloat16 and torch.isfinite(h.grad).all()
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_an_axis_of_one_voxel_is_not_pooled_away(name, axis):
+    """A flat volume is measured as the slice that it is, on the way back, too."""
+    flat = torch.randn(2, 4, 8, 5, requires_grad=True)
+    h = flat.detach().unsqueeze(axis).requires_grad_()
+    found, expected = DISTANCES[name](h), DISTANCES[name](flat)
+    torch.testing.assert_close(found, expected)
+    (a,), (b,) = torch.autograd.grad(found.sum(), h), torch.autograd.grad(expected.sum(), flat)
+    torch.testing.assert_close(a.squeeze(axis), b)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_maps_of_one_voxel_have_finite_distances(name):
+    h = torch.randn(2, 3, 1, 1, 1, requires_grad=True)
+    delta = DISTANCES[name](h)
+    delta.sum().backward()
+    assert delta.isfinite().all() and h.grad.isfinite().all()
+    assert euc_rand(h)[0].isfinite().all()

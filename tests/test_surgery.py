@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.loss import DS_CrossEntropyDiceLoss
+from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron, load_model
+from lib.models.filters import format_filters
 from lib.models.size import count_filters, summary
 from lib.pruning.surgery import prune
+from lib.trainer import compute_loss
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-3),
@@ -115,6 +117,47 @@ def test_surgery_with_a_stride_and_a_kernel_per_axis(tmp_path):
     loaded = load_model(tmp_path / "model-1")
     assert count_filters(loaded) == count_filters(model)
     torch.testing.assert_close(loaded(x.float())[0], model.float()(x.float())[0])
+
+
+@pytest.mark.parametrize(
+    ("strides", "kernels", "patch"),
+    [
+        ([(1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2)], [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)], (5, 16, 16)),
+        ([(1, 1, 1), (1, 2, 2), (1, 2, 2)], [(1, 3, 3)] * 3, (1, 16, 16)),
+        ([(1, 1, 1), (2, 2, 2), (1, 2, 2)], [(3, 3, 3)] * 3, (2, 16, 16)),
+    ],
+    ids=["5 slices", "1 slice", "down to 1 slice"],
+)
+def test_flat_patches_train_are_pruned_and_counted(tmp_path, strides, kernels, patch):
+    """With the distance term, deep supervision, and an axis that is never halved, or has one voxel."""
+    torch.manual_seed(0)
+    model = Sauron(2, 3, 4, len(strides), dim="3D", strides=strides, kernels=kernels)
+    model.initialize()
+    optim = OPTIMIZERS["adam"](model.parameters())
+    x, y = torch.randn(2, 2, *patch), torch.randint(0, 4, (2, *patch))
+    criterion, losses = DS_CrossEntropyDiceLoss_Distance(0.5, ignore=True), []
+    for round_ in range(6):
+        loss, measured = compute_loss(model, criterion, x, y, delta_prune=True)
+        optim.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optim.step()
+        losses.append(loss.item())
+        assert [output.shape[2:] for output in measured.outputs][0] == patch
+        assert all(delta.isfinite().all() for delta, _ in measured.delta_prune.values())
+        if round_ == 2:
+            prune(model, optim, random_keep(model, 0))
+    assert losses[2] < losses[0] and losses[5] < losses[3]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    assert summary(model, patch)["flops"] == counter.get_total_flops()
+    torch.save(model.state_dict(), tmp_path / "model-1")
+    counted = count_filters(model)
+    (tmp_path / "out_filters").write_text(format_filters([counted["out"]]))
+    (tmp_path / "in_filters").write_text(format_filters([counted["in"]]))
+    loaded = load_model(tmp_path / "model-1", "cpu", tmp_path / "in_filters", tmp_path / "out_filters")
+    assert (loaded.strides, loaded.kernels) == (model.strides, model.kernels)
+    torch.testing.assert_close(loaded(x)[0], model.eval()(x)[0])
 
 
 @pytest.mark.parametrize("dim", ["2D", "3D"])
