@@ -210,8 +210,9 @@ class Loader:
         Each training volume is augmented whole and gives as many random slices as it has (2D; cropped or padded
         centrally to the data set's own patch; a smaller patch lies in its centre or, in half of the cases, anywhere) or
         `patches_per_volume` random patches (3D). Volumes come in random order and patches are mixed within every
-        `QUEUE` volumes. With `steps`, more such orders follow, or the last volumes do not come. All of it follows from
-        (seed_train, epoch).
+        `QUEUE` volumes. With `steps`, more such orders follow, or the last volumes do not come. Where patches lie
+        `anywhere`, slices are not cropped, and in each batch the last ones show foreground: see `schedule.foreground`
+        and `patches.chosen_starts`. All of it follows from (seed_train, epoch).
         """
         volumes, batches = distributed.together(self.epoch, epoch)
         loaded = iter(
