@@ -145,9 +145,7 @@ def aligned(volume: Volume, to: Volume) -> Volume:
             f"{volume.path}: its shape {volume.geometry.shape} is not {there.shape}, that of {to.path}; replace the "
             "one that is wrong"
         )
-    corners = np.stack(np.meshgrid(*[(-0.5, size - 0.5) for size in there.shape])).reshape(3, -1)
-    moved = (here.affine - there.affine)[:3]
-    distance = np.linalg.norm(moved[:, :3] @ corners + moved[:, 3:], axis=0).max()
+    distance = apart_mm(here, there)
     if here.shape != there.shape or distance > GRID_TOLERANCE * min(there.spacing_mm):
         axes = [codes(one.geometry) for one in (volume, to)]
         raise InputError(
@@ -156,6 +154,13 @@ def aligned(volume: Volume, to: Volume) -> Volume:
             "the header that is wrong"
         )
     return replace(turned, geometry=there)
+
+
+def apart_mm(here: Geometry, there: Geometry) -> float:
+    """How far two grids of one shape lie apart in the world: the largest distance of two corners."""
+    corners = np.stack(np.meshgrid(*[(-0.5, size - 0.5) for size in there.shape])).reshape(3, -1)
+    moved = (here.affine - there.affine)[:3]
+    return float(np.linalg.norm(moved[:, :3] @ corners + moved[:, 3:], axis=0).max())
 
 
 def oriented(volume: Volume, codes: str) -> Volume:
