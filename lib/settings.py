@@ -29,11 +29,11 @@ BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
 
 def data_argument(text: str) -> str:
     """An argparse type: the name of a data set, or else the path of a folder in nnU-Net's raw format."""
-    folder = Path(text).parent if Path(text).name == raw.JSON else Path(text)
-    if text.lower() not in {name.lower() for name in DATASETS} and (folder / raw.JSON).is_file():
-        return str(folder.resolve())
-    if folder.is_dir() and text.lower() not in DATASETS:
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder without {raw.JSON}; give one in nnU-Net's raw format")
+    if text.lower() not in {name.lower() for name in DATASETS} and Path(text).exists():
+        try:
+            return str(raw.raw_folder(text))
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     return one_of(DATASETS)["type"](text)
 
 
@@ -93,7 +93,7 @@ class Settings(Options):
 
     data: str = setting(
         "data",
-        f"data set: {', '.join(sorted(DATASETS))}, or a folder in nnU-Net's raw format (with {raw.JSON})",
+        f"data set: {', '.join(sorted(DATASETS))}, or a folder in nnU-Net's raw format (with dataset.json)",
         shown="none; needed, but with --resume",
         type=data_argument,
         metavar="NAME|FOLDER",

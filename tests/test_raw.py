@@ -14,6 +14,7 @@ from lib.data import raw
 from lib.data.BaseDataset import Preprocessing
 from lib.data.normalization import Normalization
 from lib.system.error import InputError
+from lib.system.files import LARGEST_JSON
 
 V2 = {
     "channel_names": {"0": "T2"},
@@ -228,7 +229,7 @@ def test_the_folder_or_its_file(tmp_path):
         (b'{"labels": \xff}', "no text"),
         (b"[" * 100_000, "too deep"),
         (b'{"a": 1, "a": 2}', "'a' is there twice"),
-        (b" " * (raw.LARGEST_JSON + 1), "it has 50 MiB"),
+        (b" " * (LARGEST_JSON + 1), "it has 50 MiB"),
     ],
 )
 def test_a_broken_json(tmp_path, content, part):
@@ -367,7 +368,8 @@ def test_hidden_files_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "names, there",
     [
-        (["a_000.nii.gz", "b_000.nii.gz", "c_000.nii.gz", "d_000.nii.gz"], "the first files there are a_000.nii.gz, b_000.nii.gz, c_000.nii.gz"),
+        (["a_000.nii.gz", "b_000.nii.gz", "c_000.nii.gz", "d_000.nii.gz"],
+         "the first files there are a_000.nii.gz, b_000.nii.gz, c_000.nii.gz"),
         (["a_0000.NII.GZ"], "the first files there are a_0000.NII.GZ"),
         ([".hidden_0000.nii.gz"], "it is empty"),
     ],

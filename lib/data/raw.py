@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from lib.data.BaseDataset import PUBLISHED, BaseDataset, Preprocessing, SubjectFiles
 from lib.data.normalization import SCHEMES
 from lib.system.error import InputError
-from lib.system.files import read_text
+from lib.system.files import read_json
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 IMAGES, LABELS, TESTS = "imagesTr", "labelsTr", "imagesTs"
 NUMBERED, PLAIN, TABLE = "numbered", "plain", "table"
-LARGEST_JSON = 50 * 2**20  # bytes; a table of 100,000 cases has a third of it
 LARGEST_VALUE = 2**16 - 1  # of a label
 EXAMPLE = "a folder in nnU-Net's raw format has dataset.json and, beside it, imagesTr and labelsTr"
 
@@ -115,28 +114,6 @@ def _found_by(layout: Layout) -> dict[str, Any]:
         "layout": f"{IMAGES}/{layout.expected}",
         "test_share": 0.0,
     }
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file whose content is of `kind`. Raises InputError, also where an object has one key twice."""
-    try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise ValueError(f"it has {size / 2**20:.0f} MiB")
-        content = json.loads(read_text(path), object_pairs_hook=_without_doubles)
-        if not isinstance(content, kind):
-            raise ValueError("it should begin with " + ("{" if kind is dict else "["))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or ("too deep" if isinstance(error, RecursionError) else error)
-        raise InputError(f"{path}: cannot be read as JSON ({reason}); mend this file") from error
-    return content
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return fields
 
 
 def _check(condition: object, text: str) -> None:

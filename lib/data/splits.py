@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.raw import read_json
 from lib.system.error import InputError
+from lib.system.files import read_json
 
 SPLITS = "splits_final.json"
 N_FOLDS = 5

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -25,6 +25,7 @@ except ImportError:  # not on Windows
 
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
 SUMS = "SHA256SUMS"
+LARGEST_JSON = 50 * 2**20  # bytes of what others have written; a table of 100,000 cases has a third of it
 MOMENT_S = 0.2  # that another command may take to end
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -40,6 +41,28 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         return data.decode("utf-16" if wide else "utf-8-sig", errors)
     except UnicodeDecodeError as error:  # whose own words hold the whole file
         raise ValueError(f"no text: byte {error.start} is {data[error.start]:#04x}") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file whose content is of `kind`. Raises InputError, also where an object has one key twice."""
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size / 2**20:.0f} MiB")
+        content = json.loads(read_text(path), object_pairs_hook=_without_doubles)
+        if not isinstance(content, kind):
+            raise ValueError("it should begin with " + ("{" if kind is dict else "["))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or ("too deep" if isinstance(error, RecursionError) else error)
+        raise InputError(f"{path}: cannot be read as JSON ({reason}); mend this file") from error
+    return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return fields
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
