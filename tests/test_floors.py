@@ -12,7 +12,7 @@ FLOORS = [  # from the ground up; what stands in one line may be in any order
     ["lib.pruning"],
     ["lib.published"],
     ["lib.settings"],
-    ["lib.build", "lib.utils", "lib.checkpoint", "lib.record"],
+    ["lib.build", "lib.utils", "lib.checkpoint", "lib.record", "lib.postprocessing"],
     ["lib.callback", "lib.evaluation", "lib.inference"],
     ["lib.trainer", "lib.forecast", "lib.prediction"],
     ["lib.training"],
