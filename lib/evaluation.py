@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from lib import postprocessing
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.geometry import aligned, is_flat
 from lib.data.images import NIFTI, PROBABILITIES, TRUTH, only, read_geometry, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
+from lib.postprocessing import Step
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text
 from lib.system.process import check_stopped, worker_pool
@@ -28,6 +30,7 @@ from lib.system.process import check_stopped, worker_pool
 FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
 TRUTHS = ("labelsTr", "labelsTs", ".")  # where a folder in nnU-Net's raw format keeps them, or any folder
 RESERVED = ("average", "n")  # keys of the results that are no subjects
+Result = TypeVar("Result")
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
 
 
@@ -189,17 +192,33 @@ def _all_truths(truths: Path, flat: set[str]) -> set[str]:
     return {_case(name) for name in found if not name.endswith(PROBABILITIES)}
 
 
-def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list]:
-    """`lib.metric.label_metrics` of two files, with the spacing of `truth`.
+def evaluate_pair(prediction: Path, truth: Path, rules: Rules, steps: tuple[Step, ...] = ()) -> dict[str, list]:
+    """`lib.metric.label_metrics` of two files, with the spacing of `truth`; of the prediction after these steps of the
+    post-processing.
 
     Where `rules` have regions there is one key more, "challenge": {region: {metric: value}}, each region evaluated as
     one mask. Voxels that the truth says to ignore count as none of TP, TN, FP and FN; for the surfaces they are
     background in both. Raises InputError if a file is no label map, or the two do not lie at one place in the world;
     the order of their axes does not matter.
     """
+    predicted, true, spacing_mm = _read_pair(prediction, truth, rules)
+    return _compare(postprocessing.apply(predicted, steps), true, spacing_mm, rules)
+
+
+def validate_pair(prediction: Path, truth: Path, rules: Rules) -> tuple[dict[str, list], np.ndarray]:
+    """`evaluate_pair`, and what the choice of a post-processing needs to know: `lib.postprocessing.count`."""
+    predicted, true, spacing_mm = _read_pair(prediction, truth, rules)
+    return _compare(predicted, true, spacing_mm, rules), postprocessing.count(predicted, true, rules.n_classes)
+
+
+def _read_pair(prediction: Path, truth: Path, rules: Rules) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Both label maps, in the order of the axes of `truth`, and its spacing; what is to be ignored is n_classes."""
     predicted = read_label(prediction, rules.n_classes, rules.merged_labels, rules.values)
     true = read_label(truth, rules.n_classes, rules.merged_labels, rules.values, rules.ignore)
-    predicted, true, spacing_mm = aligned(predicted, true).array, true.array, true.geometry.spacing_mm
+    return aligned(predicted, true).array, true.array, true.geometry.spacing_mm
+
+
+def _compare(predicted: np.ndarray, true: np.ndarray, spacing_mm: tuple[float, ...], rules: Rules) -> dict[str, list]:
     ignored = true == rules.n_classes
     if n_ignored := int(np.count_nonzero(ignored)):
         predicted, true = (np.where(ignored, labels.dtype.type(0), labels) for labels in (predicted, true))
@@ -218,23 +237,38 @@ def evaluate_pair(prediction: Path, truth: Path, rules: Rules) -> dict[str, list
 def evaluate(pairs: dict[str, tuple[Path, Path]], rules: Rules, num_workers: int = 1) -> dict[str, dict]:
     """Results of pairs as `find_pairs` finds them: {subject: {metric: [a value per class]}, "average": ..., "n": ...}.
 
-    Each average is over the subjects that have a value; "n" says how many these are. All have "challenge" where
-    `evaluate_pair` gives it. `num_workers` processes share the work; they are started afresh ("spawn"), which is safe
-    whatever the calling process has imported. Raises InputError as `evaluate_pair` does.
+    All have "challenge" where `evaluate_pair` gives it. Raises InputError as `evaluate_pair` and `each_pair` do.
     """
     before = {path: file_digest(path) for path, _ in pairs.values()}
-    arguments = (*zip(*pairs.values(), strict=True), repeat(rules))
-    num_workers = min(num_workers, len(pairs))
-    if num_workers == 1:
-        subjects = _with_progress(map(evaluate_pair, *arguments), len(pairs))
-    else:
-        with worker_pool(num_workers, method="spawn") as pool:
-            subjects = _with_progress(pool.map(evaluate_pair, *arguments), len(pairs))
+    subjects = each_pair(evaluate_pair, pairs, num_workers, rules)
     for path, digest in before.items():
         if not path.exists() or file_digest(path) != digest:
             raise InputError(f"{path}: changed while it was evaluated; evaluate again when nothing writes there")
-    average, n = _mean(subjects), _count(subjects)
-    return {**dict(zip(pairs, subjects, strict=True)), "average": average, "n": n}
+    return subjects | averages(subjects)
+
+
+def each_pair(
+    work: Callable[..., Result], pairs: dict[str, tuple[Path, Path]], num_workers: int, *more: object
+) -> dict[str, Result]:
+    """What `work(prediction, truth, *more)` makes of each pair of files, by subject, with a progress bar.
+
+    `num_workers` processes share the work; they are started afresh ("spawn"), which is safe whatever the calling
+    process has imported. Raises InputError if one is killed.
+    """
+    num_workers = min(num_workers, len(pairs))
+    arguments = (*zip(*pairs.values(), strict=True), *map(repeat, more))
+    if num_workers <= 1:
+        done = _with_progress(map(work, *arguments), len(pairs))
+    else:
+        with worker_pool(num_workers, method="spawn") as pool:
+            done = _with_progress(pool.map(work, *arguments), len(pairs))
+    return dict(zip(pairs, done, strict=True))
+
+
+def averages(subjects: dict[str, dict]) -> dict[str, dict]:
+    """{"average": the mean of each value over the subjects that have one, "n": how many these are}."""
+    values = list(subjects.values())
+    return {"average": _mean(values), "n": _count(values)}
 
 
 def _mean(values):
