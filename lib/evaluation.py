@@ -271,6 +271,12 @@ def averages(subjects: dict[str, dict]) -> dict[str, dict]:
     return {"average": _mean(values), "n": _count(values)}
 
 
+def mean_foreground(dice: list[float | None] | None) -> float | None:
+    """The mean of what is known of the classes but the background."""
+    known = [d for d in (dice or [None])[1:] if d is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _mean(values):
     """Of numbers or None the mean of the numbers (None if there is none); of lists or dicts alike that of each item."""
     return _reduced(values, lambda known: fmean(known) if known else None)

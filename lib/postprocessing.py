@@ -115,6 +115,13 @@ def decide(counts: Sequence[np.ndarray], class_names: Sequence[str]) -> Decision
     return Decision(tuple(one[0] for one in tried if _is_kept(*one)), [_reason(*one) for one in tried])
 
 
+def changes(counts: np.ndarray, steps: Sequence[Step]) -> bool:
+    """Whether the steps change anything that counts in the case of these `count`."""
+    of_foreground = counts[int(FOREGROUND in steps)]
+    then = [of_foreground[int(c in steps), c - 1] for c in range(1, counts.shape[2] + 1)]
+    return not np.array_equal(then, counts[0, 0])
+
+
 def _is_kept(_step: Step, _name: str, before: float, after: float, lower: list[str]) -> bool:
     return bool(after > before) and not lower
 

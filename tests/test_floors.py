@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; what stands in one line may be in any order
     ["lib.settings"],
     ["lib.build", "lib.utils", "lib.checkpoint", "lib.record", "lib.postprocessing"],
     ["lib.callback", "lib.evaluation", "lib.inference"],
-    ["lib.trainer", "lib.forecast", "lib.prediction"],
+    ["lib.trainer", "lib.forecast", "lib.prediction", "lib.validation"],
     ["lib.training"],
     ["lib.experiments"],
     SCRIPTS,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lib.experiments.run import Run, mean_foreground, read_run
+from lib.evaluation import mean_foreground
+from lib.experiments.run import Run, read_run
 from lib.settings import Settings
 from lib.system.error import InputError
 

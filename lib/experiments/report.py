@@ -18,9 +18,10 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from lib.evaluation import mean_foreground
 from lib.experiments.figures import STYLE, save_figure
 from lib.experiments.report_figures import DPI, draw_dice, draw_examples, draw_filters, draw_loss, draw_size, draw_time
-from lib.experiments.run import Run, mean_foreground, read_run
+from lib.experiments.run import Run, read_run
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from lib.evaluation import mean_foreground
 from lib.experiments.feature_maps import cut_patch, picture
 from lib.experiments.figures import class_colours, new_figure
-from lib.experiments.run import Run, mean_foreground
+from lib.experiments.run import Run
 from lib.models import load_model
 from lib.system.cli import flops_of
 from lib.system.error import InputError

@@ -163,12 +163,6 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def mean_foreground(dice: list[float | None] | None) -> float | None:
-    """The mean of what is known of the classes but the background."""
-    known = [d for d in (dice or [None])[1:] if d is not None]
-    return sum(known) / len(known) if known else None
-
-
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """Raise InputError where the content of `file` is not as expected."""
