@@ -10,13 +10,16 @@ from lib.system import distributed
 from lib.system.cli import run_script
 from lib.system.device import device_of
 from lib.training import train
+from lib.validation import validate_run
 
 
 def run(argv: list[str] | None, held: ExitStack) -> None:
-    """Train as `argv` says, and write the report of the run."""
+    """Train as `argv` says, validate the model on whole volumes, and write the report of the run."""
     state = train(argv, held)
     if state and distributed.is_main():
-        report_training(state.folder, device_of(state.model), state.log)
+        device = device_of(state.model)
+        validate_run(state.folder, device, state.log)
+        report_training(state.folder, device, state.log)
 
 
 def main(argv: list[str] | None = None) -> int:
