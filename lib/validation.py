@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +18,17 @@ from tqdm import tqdm
 
 from lib import checkpoint
 from lib.build import build_dataset
-from lib.data.BaseDataset import SubjectFiles
+from lib.data import images
+from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.evaluation import Rules, averages, each_pair, evaluate_pair, mean_foreground, validate_pair
-from lib.inference import Predictor, save
+from lib.inference import Predictor
 from lib.models import load_model
 from lib.postprocessing import Decision, changes, decide, write_decision
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device
 from lib.system.error import InputError
-from lib.system.files import file_digest, locked, sweep, write_json
+from lib.system.files import file_digest, locked, sweep, write_atomically, write_json
 from lib.system.log import Log
 from lib.system.process import Stopped, check_stopped, keep_freed_memory, n_cores
 
@@ -75,8 +77,9 @@ def _validate(
         batch_size=settings.batch_size,  # a training step with as many patches needs far more memory
         preprocessing=dataset.preprocessing,
     )
-    pairs, n_voxels = predict_all(predictor, files, folder / FOLDER, dataset.file_ending)
-    rules = Rules(dataset.n_classes, merged_labels=dataset.merged_labels, regions=dataset.regions)
+    pairs, n_voxels = predict_all(predictor, files, folder / FOLDER, dataset)
+    labels = {"merged_labels": dataset.merged_labels, "values": dataset.values, "ignore": dataset.ignore}
+    rules = Rules(dataset.n_classes, regions=dataset.regions, **labels)
     n_workers = n_cores() if n_voxels > MANY_VOXELS else 1
     compared = each_pair(validate_pair, pairs, n_workers, rules)
     decision = decide([counts for _, counts in compared.values()], dataset.class_names)
@@ -99,7 +102,7 @@ def _validate(
 
 
 def predict_all(
-    predictor: Predictor, files: list[SubjectFiles], output: Path, ending: str
+    predictor: Predictor, files: list[SubjectFiles], output: Path, dataset: BaseDataset
 ) -> tuple[dict[str, tuple[Path, Path]], int]:
     """Predict the subjects into the folder `output`: (prediction, truth) by subject, and the number of all voxels."""
     output.mkdir(exist_ok=True)
@@ -108,8 +111,9 @@ def predict_all(
     for file in tqdm(files, desc="validation", unit="volume"):
         check_stopped()
         prediction = predictor.file(file.images)
-        path = output / f"{file.id}{ending}"
-        save(prediction.labels, prediction.header, path)
+        path = output / f"{file.id}{dataset.file_ending}"
+        what = {"array": prediction.labels, "header": prediction.header, "values": dataset.values}
+        write_atomically(path, partial(images.write, **what))
         pairs[file.id] = path, file.label
         n_voxels += prediction.labels.size
     return pairs, n_voxels

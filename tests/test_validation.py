@@ -213,7 +213,7 @@ def test_errors_are_told_apart_from_bad_input(run, monkeypatch):
         raise InputError("no space")
 
     lines = []
-    monkeypatch.setattr(lib.validation, "save", full)
+    monkeypatch.setattr(lib.validation, "write_atomically", full)
     with pytest.raises(InputError, match="no space"):
         validate_run(run, CPU, lines.append)
     assert lines[-1] == f"not validated; to do it again: python -m lib.validation {run}"
