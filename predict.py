@@ -1,10 +1,9 @@
-"""Predict labels with a trained model: one <id>.nii.gz per image, on the very grid of the original."""
+"""Predict labels with a trained model, or several together: one file per image, on the very grid of the original."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lib.data import DATASETS
 from lib.prediction import predict
 from lib.system.cli import Parser, number, one_of, run_script
 from lib.system.files import made
@@ -13,20 +12,38 @@ from lib.system.files import made
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="predict.py", description="Predict labels with a trained model, one file per image.")
     add = parser.add_argument
-    add("--data", required=True, **one_of(DATASETS), help="the data set whose preprocessing is used (required)")
+    data_help = (
+        "the data set whose preprocessing is used: its name, its folder, or a run (default: that of the training)"
+    )
+    add("--data", metavar="NAME|FOLDER", help=data_help)
     add("--output", required=True, type=Path, help="folder of the predictions (required)")
-    add("--model_state", required=True, type=Path, help="a saved model, RUN/models/model-E (required)")
+    add(
+        "--model_state",
+        required=True,
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="a saved model, RUN/models/model-E, or several, such as those of all folds, which are averaged (required)",
+    )
     add("--original", type=Path, help="folder of the data set (default: the data set's own folder)")
     add("--in_filters", type=Path, help="filter file to check the model against (default: none)")
     add("--out_filters", type=Path, help="filter file to check the model against (default: none)")
     add(
         "--input",
         type=Path,
-        help="an image, a folder of *.nii.gz and *.nii, or one laid out as the data set or one of its subjects, to "
-        "predict all of it instead of a partition; --original and --partition then have no meaning (default: none)",
+        help="an image, a folder of images, or one laid out as the data set or one of its subjects, to predict all of "
+        "it instead of a partition; images of own data are named CASE_0000, CASE_0001, ... by channel; --original and "
+        "--partition then have no meaning (default: none)",
     )
     add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
+    step_help = "from one window to the next, as a share of the patch; larger is faster and less exact (default: 0.5)"
+    add("--step_size", type=number(float, 0, 1, open_low=True), default=0.5, metavar="SHARE", help=step_help)
+    add(
+        "--no_postprocessing",
+        action="store_true",
+        help="keep all components, whatever the training has decided in RUN/postprocessing.json (default: as decided)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     batch_help = "patches computed at once (default: 8 in 2D, 2 on the CPU; 2 in 3D)"
     add("--batch_size", type=number(int, 1, 10**6), help=batch_help)

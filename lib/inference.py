@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -259,12 +259,18 @@ def settings_of_model(path: Path) -> Settings | None:
     return Settings.read(run)[0] if published.read_config(run) is None else None
 
 
-def save(array: np.ndarray, header: Header, path: Path, announce: Callable[[str], None] | None = None) -> None:
-    """Write labels or probabilities as the ending of `path` says, whole or not at all; the same array gives the same
+def save(
+    array: np.ndarray,
+    header: Header,
+    path: Path,
+    announce: Callable[[str], None] | None = None,
+    values: Collection[int] = (),
+) -> None:
+    """Write labels or probabilities as `lib.data.images.write`, whole or not at all; the same array gives the same
     bytes. `announce` is told the SHA-256 of the file before it takes its place."""
 
     def write(temporary: Path) -> None:
-        images.write(temporary, array, header)
+        images.write(temporary, array, header, values)
         if announce:
             announce(file_digest(temporary))
 

@@ -17,6 +17,7 @@ from lib.system.files import digest, file_digest, joint_digest, read_text, write
 
 NAME = "predictions.json"
 VERSION = 1  # of the file
+UNSAID = {"step_size": 0.5}  # what a job without the key was done with
 MEND = "give --overwrite or another --output"
 
 
@@ -92,7 +93,7 @@ def _check(content: dict) -> None:
     jobs = content["jobs"]
     texts = [content["job"], *content["pending"]]
     for job in jobs.values():
-        texts += [job["model"]["path"], job["model"]["sha256"]]
+        texts += [one[key] for one in (job["model"], *_models(job)) for key in ("path", "sha256")]
     for name, entries in content["files"].items():
         if Path(name).name != name or not isinstance(entries, list) or not entries:
             raise ValueError(f"{name}: {entries!r}")
@@ -100,6 +101,11 @@ def _check(content: dict) -> None:
             texts += [entry["sha256"], entry["input"]["path"], entry["input"]["sha256"], jobs[entry["job"]] and ""]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a number where text belongs")
+
+
+def _models(job: dict) -> list[dict]:
+    """The files of the models of a job: of several each has its own entry."""
+    return job["model"].get("models", [job["model"]])
 
 
 def identity(job: dict) -> str:
@@ -112,15 +118,19 @@ def difference(there: dict, job: dict) -> str:
     model, source = there["model"], job["model"]
     words = []
     if model["sha256"] != source["sha256"]:
-        same = model["path"] == source["path"]
-        words.append(f"the model was {'another one of this name' if same else model['path']}")
+        before, now = ([one["path"] for one in _models(a_job)] for a_job in (there, job))
+        which = "another one of this name" if before == now else " ".join(before)
+        words.append(f"the model{' was' if len(before) == 1 else 's were'} {which}")
     flags = {"data": "--data", "patch_size": "--patch_size", "tta": "--no_tta", "amp": "--amp"}
+    flags |= {"step_size": "--step_size", "postprocessing": "--no_postprocessing"}
     for key in sorted({*there, *job} - {"model"}):
-        before = there.get(key)
-        if before == job.get(key):
+        before, now = (a_job.get(key, UNSAID.get(key)) for a_job in (there, job))
+        if before == now:
             continue
         if key in ("tta", "amp"):
             words.append(f"{flags[key]} was {'' if before == (key == 'amp') else 'not '}given")
+        elif key == "postprocessing" and not (before and now):
+            words.append(f"{flags[key]} was {'not ' if before else ''}given")
         elif key in flags:
             words.append(f"{flags[key]} was {' '.join(map(str, before)) if isinstance(before, list) else before}")
         else:

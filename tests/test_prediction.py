@@ -31,7 +31,7 @@ class Toy:
     """A data set of three images, with what predict.py needs of a BaseDataset."""
 
     name, n_classes, modalities, dim, challenge_name = "toy", 2, 1, "2D", "toy-{case:03d}"
-    patch_size, preprocessing = (16, 16), KEEP
+    patch_size, preprocessing, values, file_ending = (16, 16), KEEP, (), ".nii.gz"
     defaults = DATASETS["acdc"].defaults | {"fms_init": 4, "levels": 3}
 
     @staticmethod
