@@ -458,7 +458,10 @@ def describe(
     sizes = {key: {when: _sum(one[key][when] for one in each) for when in size} for key, size in each[0].items()}
     described = {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}
     if "models" in source:
-        described["models"] = [file | size for file, size in zip(source["models"], each, strict=True)]
+        described["models"] = [
+            {"model": file["path"], "sha256": file["sha256"], **size}
+            for file, size in zip(source["models"], each, strict=True)
+        ]
     return described
 
 
@@ -467,10 +470,11 @@ def sizes_of(
 ) -> dict[str, dict[str, int | None]]:
     """{"parameters", "flops", "filters": {"unpruned": n or None, "now": n}}."""
     now, unpruned = summary(model, patch_size), {}
-    levels, fms_init = (getattr(settings, key, dataset.defaults[key]) for key in ("levels", "fms_init"))
-    if model.levels == levels:
+    keys = ("levels", "fms_init", "fms_max")
+    planned = {key: getattr(settings, key, dataset.defaults[key]) for key in keys}
+    if model.levels == planned["levels"]:
         like = {"dim": model.dim, "strides": model.strides, "kernels": model.kernels}
-        unpruned = summary(nnUNet(model.modalities, model.n_classes, fms_init, model.levels, **like), patch_size)
+        unpruned = summary(nnUNet(model.modalities, model.n_classes, **planned, **like), patch_size)
     return {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
 
 

@@ -5,23 +5,31 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from niftis import assert_same_grid, oblique, oriented, write_image
 
 import lib.prediction
 import predict
 from lib.data import DATASETS
+from lib.data.BaseDataset import BaseDataset
+from lib.data.normalization import Normalization
 from lib.data.preprocessing import Preprocessing
+from lib.evaluation import read_model_summary
 from lib.inference import Predictor
 from lib.models import load_model
 from lib.models.nnUNet import nnUNet
+from lib.postprocessing import keep_largest
+from lib.prediction import input_images, partition_images
 from lib.record import mixed_jobs
+from lib.system.error import InputError
 
 RECORDS = ["model.json", "predictions.json"]
 KEEP = Preprocessing(spacing_mm=(None, None, None))
@@ -495,3 +503,274 @@ def test_predictions_that_are_not_as_they_were_made_are_named(toy, other):
     (toy.out / "case2.nii.gz").write_bytes(other.predictions["case2.nii.gz"])
     (line,) = foreign_files(toy.out, files)
     assert line.endswith("elsewhere: case2.nii.gz")
+
+
+def test_the_run_tells_the_data_set(toy, tmp_path, capsys):
+    model = ["--model_state", str(toy.model), "--original", str(toy.data), "--device", "cpu"]
+    assert predict.main([*model, "--output", str(toy.out)]) == 0
+    assert toy.run("--output", tmp_path / "named") == 0
+    assert contents(toy.out) == contents(tmp_path / "named")
+    capsys.readouterr()
+    code = predict.main([*model, "--output", str(tmp_path / "b"), "--data", "phantom"])
+    assert_refused(capsys, code, "--data phantom", toy.model, "has toy")
+    bare = shutil.copy(toy.model, tmp_path / "model")
+    code = predict.main([*model, "--output", str(tmp_path / "b"), "--model_state", str(bare)])
+    assert_refused(capsys, code, "--data is needed", bare)
+    assert not (tmp_path / "b").exists()
+
+
+def test_several_models_are_averaged_and_described(toy, other, tmp_path, capsys):
+    def run(*more, models=(toy.model, other.model), **kwargs):
+        return toy.run("--model_state", *models, *more, **kwargs)
+
+    assert run("--probabilities") == 0
+    models = tuple(map(load_model, (toy.model, other.model)))
+    expected = Predictor(models, (8, 16), preprocessing=KEEP).file(toy.data / "case1.nii.gz", True)
+    found = np.asarray(nib.load(toy.out / "case1_probabilities.nii.gz").dataobj)
+    np.testing.assert_allclose(found, expected.probabilities, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(nib.load(toy.out / "case1.nii.gz").dataobj), expected.labels)
+
+    described = json.loads((toy.out / "model.json").read_text())
+    assert [one["model"] for one in described["models"]] == [str(toy.model), str(other.model)]
+    for size in ("parameters", "flops", "filters"):
+        for when in ("unpruned", "now"):
+            assert described[size][when] == sum(one[size][when] for one in described["models"])
+    assert read_model_summary(toy.out)["parameters"] == described["parameters"]
+    (job,) = json.loads((toy.out / "predictions.json").read_text())["jobs"].values()
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (toy.model, other.model)]
+    assert [one["sha256"] for one in job["model"]["models"]] == sums
+    assert job["model"]["sha256"] == described["sha256"] not in sums
+    assert mixed_jobs(toy.out, ["case1.nii.gz"]) is None
+
+    (toy.out / "case2.nii.gz").unlink()
+    assert run("--skip_existing", "--probabilities") == 0
+    capsys.readouterr()
+    assert_refused(capsys, toy.run("--skip_existing"), f"the models were {toy.model} {other.model}", "--overwrite")
+    assert_refused(capsys, run(models=(toy.model, toy.model)), "--model_state", "twice")
+    (tmp_path / "filters").write_text("enc_ConvBlock_1\n2\n")
+    assert_refused(capsys, run("--out_filters", tmp_path / "filters"), "--out_filters", "one model")
+    assert_refused(capsys, run("--skip_existing", models=(other.model,)), "the models were")
+
+
+def test_models_of_an_ensemble_belong_together(toy, tmp_path, capsys):
+    config = json.loads((toy.model.parent.parent / "config.json").read_text())
+    models = {}
+    for name, change in {
+        "patch": {"patch_size": [16, 16]},
+        "data": {"data": "phantom"},
+        "seed": {"seed_data": 1},
+    }.items():
+        models[name] = tmp_path / name / "models" / "model-1"
+        models[name].parent.mkdir(parents=True)
+        shutil.copy(toy.model, models[name])
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+
+    def refused(name, *words, arguments=()):
+        assert_refused(capsys, toy.run("--model_state", toy.model, models[name], *arguments), models[name], *words)
+        assert not toy.out.exists()
+
+    refused("patch", "another patch_size")
+    refused("data", "another data set")
+    refused("seed", "--partition test", "one model")
+    both = ["--model_state", toy.model, models["patch"], "--patch_size", 8, 16]
+    assert toy.run(*both, "--partition", "train") == 0
+    source = ("--input", str(toy.data))
+    assert toy.run("--model_state", toy.model, models["seed"], "--output", tmp_path / "b", source=source) == 0
+
+
+def test_the_step_stands_in_the_record_only_where_it_is_another(toy, capsys):
+    assert toy.run("--step_size", 0.5, "--probabilities") == 0
+    (job,) = json.loads((toy.out / "predictions.json").read_text())["jobs"].values()
+    keys = {"method", "model", "data", "preprocessing", "patch_size", "tta", "amp", "precision"}
+    assert set(job) == keys and set(job["model"]) == {"path", "sha256"}
+    assert toy.run("--skip_existing") == 0
+    capsys.readouterr()
+    code = toy.run("--skip_existing", "--step_size", 0.25)
+    assert_refused(capsys, code, "--step_size was 0.5", "--overwrite")
+    before = predictions(toy.out)
+    assert toy.run("--overwrite", "--step_size", 0.25, "--probabilities") == 0
+    assert predictions(toy.out) != before
+    capsys.readouterr()
+    assert_refused(capsys, toy.run("--skip_existing"), "--step_size was 0.25")
+    for bad in (0, 1.5):
+        assert_refused(capsys, toy.run("--step_size", bad), "--step_size", bad)
+
+
+def test_the_post_processing_of_the_run_is_applied_unless_it_is_unwanted(toy, other, tmp_path, capsys):
+    state = torch.load(toy.model)
+    state["last.0.0.bias"][1] = 0.2  # hundreds of islands
+    torch.save(state, toy.model)
+    decided = {
+        "model": "model-1",
+        "sha256": hashlib.sha256(toy.model.read_bytes()).hexdigest(),
+        "steps": ["foreground"],
+    }
+    noise = np.random.default_rng(0).normal(size=(64, 64, 3))
+    nib.save(nib.Nifti1Image(noise, np.eye(4)), toy.data / "case3.nii.gz")
+    assert toy.run("--output", tmp_path / "plain") == 0
+    (toy.model.parent.parent / "postprocessing.json").write_text(json.dumps(decided))
+    assert toy.run() == 0
+    for name in ("case1.nii.gz", "case2.nii.gz", "case3.nii.gz"):
+        before, after = (np.asarray(nib.load(folder / name).dataobj) for folder in (tmp_path / "plain", toy.out))
+        np.testing.assert_array_equal(after, keep_largest(before, "foreground"))
+    assert 0 < (after > 0).sum() < (before > 0).sum()
+    capsys.readouterr()
+    assert_refused(capsys, toy.run("--skip_existing", "--no_postprocessing"), "--no_postprocessing was not given")
+    code = toy.run("--skip_existing", "--output", tmp_path / "plain")
+    assert_refused(capsys, code, "--no_postprocessing was given")
+    assert toy.run("--skip_existing", "--no_postprocessing", "--output", tmp_path / "plain") == 0
+    assert toy.run("--model_state", toy.model, other.model, "--output", tmp_path / "both") == 0
+    assert "different post-processing: none is applied" in capsys.readouterr().out
+
+
+Own = BaseDataset(
+    name="own",
+    class_names=("background", "thing"),
+    find=lambda root: [],
+    preprocessing=Preprocessing(
+        (None, None, None), zscore=False, normalizations=(Normalization("zscore"),) * 2, crop=True
+    ),
+    patch_size=(8, 16),
+    channels=("T2", "ADC"),
+    values=(0, 7),
+    file_ending=".nrrd",
+    defaults={"fms_init": 4, "levels": 3},
+)
+One = replace(
+    Own, channels=("T2",), preprocessing=replace(Own.preprocessing, normalizations=(Normalization("zscore"),))
+)
+
+
+def folder_of(folder, *files):
+    for name in files:
+        write_image(folder / name, oblique())
+    return folder
+
+
+def named(images):
+    return {case: [path.name for path in files] for case, files in images.items()}
+
+
+def test_own_images_are_grouped_by_case(tmp_path):
+    folder = folder_of(tmp_path, *(f"{case}_000{i}.nii.gz" for case in ("a", "b_0001") for i in (0, 1)))
+    for name in ("._a_0000.nii.gz", ".hidden_0000.nii.gz", "notes.txt"):
+        (folder / name).touch()
+    own = replace(Own, file_ending=".nii.gz")
+    both = {case: [f"{case}_0000.nii.gz", f"{case}_0001.nii.gz"] for case in ("a", "b_0001")}
+    assert named(input_images(folder, own)) == both
+    assert named(input_images(folder, Own)) == both  # there is none of its own ending
+    assert named(input_images(folder / "a_0001.nii.gz", own)) == {"a": both["a"]}
+    write_image(folder / "preview.nii", oblique())
+    assert named(input_images(folder, own)) == both  # it has another ending
+
+
+def test_own_images_of_one_channel_need_no_number(tmp_path):
+    folder = folder_of(tmp_path, "a.nii.gz", "scan_2021.nii.gz")
+    one = replace(One, file_ending=".nii.gz")
+    assert named(input_images(folder, one)) == {"a": ["a.nii.gz"], "scan_2021": ["scan_2021.nii.gz"]}
+    (tmp_path / "sub").mkdir()
+    numbered = folder_of(tmp_path / "sub", "x_0000.nii.gz", "y.nii.gz")
+    assert named(input_images(numbered, one)) == {"x": ["x_0000.nii.gz"], "y": ["y.nii.gz"]}
+    assert named(input_images(numbered / "x_0000.nii.gz", one)) == {"x": ["x_0000.nii.gz"]}
+
+
+def test_a_file_may_hold_all_channels(tmp_path):
+    for name in ("a_0000.nii.gz", "b.nii.gz"):
+        nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(8, 9, 3, 2)), np.eye(4)), tmp_path / name)
+    own = replace(Own, file_ending=".nii.gz")
+    assert named(input_images(tmp_path, own)) == {"a": ["a_0000.nii.gz"], "b": ["b.nii.gz"]}
+
+
+def test_all_own_images_with_wrong_channels_are_named_in_one_line(tmp_path):
+    files = [
+        "a_0000",
+        "b_0001",
+        "c_0000",
+        "c_0001",
+        "c_0002",
+        "d_0000",
+        "d_0007",
+        "e_0000",
+        "e_0001",
+        "e",
+        "f_0000",
+        "f_0001",
+    ]
+    folder = folder_of(tmp_path, *(f"{name}.nii.gz" for name in files))
+    with pytest.raises(InputError) as error:
+        input_images(folder, replace(Own, file_ending=".nii.gz"))
+    line = str(error.value)
+    assert line.startswith(f"--input {folder}: 5 of 6 images") and "\n" not in line
+    for words in ("a has no 0001", "b has no 0000", "c has 0002", "d has no 0001 but has 0007", "e: e.nii.gz, e_0000"):
+        assert words in line
+    assert "_0000 (T2), _0001 (ADC)" in line and "f has" not in line
+
+
+def test_images_of_a_known_data_set_are_named_as_ever(tmp_path):
+    folder = folder_of(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz")
+    (folder / "photo.png").touch()
+    assert list(input_images(folder, DATASETS["phantom"])) == ["a_0000", "a_0001"]
+
+
+def test_own_predictions_have_the_values_and_the_ending_of_the_data_set(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "own", Own)
+    (toy.data / "images").mkdir()
+    folder = folder_of(toy.data / "images", "a_0000.nii.gz")
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(12, 9, 4)), oblique()), folder / "a_0001.nii.gz")
+    torch.manual_seed(0)
+    model = nnUNet(2, 2, 4, 3)
+    model.initialize()
+    torch.save(model.state_dict(), tmp_path / "model")
+    argv = ["--data", "own", "--model_state", tmp_path / "model", "--input", folder, "--probabilities"]
+    assert toy.run(*argv, source=()) == 0
+    assert names(toy.out) == ["a.nrrd", "a_probabilities.nii.gz", *RECORDS]
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(toy.out / "a.nrrd")).T
+    probabilities = np.asarray(nib.load(toy.out / "a_probabilities.nii.gz").dataobj)
+    np.testing.assert_array_equal(labels, 7 * probabilities.argmax(-1))
+    assert set(np.unique(labels)) == {0, 7}
+    (job,) = json.loads((toy.out / "predictions.json").read_text())["jobs"].values()
+    assert job["values"] == [0, 7]
+    assert toy.run(*argv, "--skip_existing", source=()) == 0
+    (folder / "a_0001.nii.gz").unlink()
+    capsys.readouterr()
+    assert_refused(capsys, toy.run(*argv, "--overwrite", source=()), "a has no 0001", "_0001 (ADC)")
+
+
+def test_the_fold_of_the_run_divides_own_data(tmp_path):
+    asked = []
+
+    class Folds:
+        name, preprocessing = "own", One.preprocessing
+
+        @staticmethod
+        def partitions(folder, **how):
+            asked.append(how)
+            return {
+                part: [SimpleNamespace(id="a", images=(tmp_path / "a",))] for part in ("train", "validation", "test")
+            }
+
+    def run(fold):
+        return SimpleNamespace(split="0.9:0.1", seed_data=42, fold=fold)
+
+    def images(partition, *runs):
+        return partition_images(Folds, None, partition, {tmp_path / f"model-{i}": one for i, one in enumerate(runs)})
+
+    assert list(images("validation", run("3"))) == ["a"]
+    assert list(images("test", run("1"), run("2"))) == ["a"]
+    assert list(images("test", None)) == ["a"]
+    same = {"split": "0.9:0.1", "seed_data": 42}
+    assert asked == [same | {"fold": "3"}, same | {"fold": "1"}, same | {"fold": "all"}]
+    with pytest.raises(InputError, match="--partition validation: that of the run of .*model-1 is not that of"):
+        images("validation", run("1"), run("2"))
+
+
+def test_the_bar_moves_within_an_image(toy, monkeypatch, capsys):
+    shares, predict_file = [], Predictor.file
+
+    def file(self, path, probabilities, advance):
+        return predict_file(self, path, probabilities, lambda share: (shares.append(share), advance(share)))
+
+    monkeypatch.setattr(Predictor, "file", file)
+    assert toy.run() == 0
+    assert len(shares) > 3 * 4 and sum(shares) == pytest.approx(3)
+    assert "3.0/3 " in capsys.readouterr().err
