@@ -121,8 +121,7 @@ def difference(there: dict, job: dict) -> str:
         before, now = ([one["path"] for one in _models(a_job)] for a_job in (there, job))
         which = "another one of this name" if before == now else " ".join(before)
         words.append(f"the model{' was' if len(before) == 1 else 's were'} {which}")
-    flags = {"data": "--data", "patch_size": "--patch_size", "tta": "--no_tta", "amp": "--amp"}
-    flags |= {"step_size": "--step_size", "postprocessing": "--no_postprocessing"}
+    flags = {key: f"--{key}" for key in ("data", "patch_size", "amp", "step_size")} | {"tta": "--no_tta"}
     for key in sorted({*there, *job} - {"model"}):
         before, now = (a_job.get(key, UNSAID.get(key)) for a_job in (there, job))
         if before == now:
@@ -130,7 +129,7 @@ def difference(there: dict, job: dict) -> str:
         if key in ("tta", "amp"):
             words.append(f"{flags[key]} was {'' if before == (key == 'amp') else 'not '}given")
         elif key == "postprocessing" and not (before and now):
-            words.append(f"{flags[key]} was {'not ' if before else ''}given")
+            words.append(f"--no_postprocessing was {'not ' if before else ''}given")
         elif key in flags:
             words.append(f"{flags[key]} was {' '.join(map(str, before)) if isinstance(before, list) else before}")
         else:

@@ -39,6 +39,24 @@ def test_a_job_is_what_it_depends_on_and_not_where_its_model_lies():
     assert difference(other, JOB) == "the model was another one of this name"
 
 
+def test_what_a_job_does_not_say_is_as_it_was_before_it_could_be_said():
+    assert difference(JOB, JOB | {"step_size": 0.25}) == "--step_size was 0.5"
+    assert difference(JOB | {"step_size": 0.25}, JOB) == "--step_size was 0.25"
+    steps = {"postprocessing": ["foreground"]}
+    assert difference(JOB, JOB | steps) == "--no_postprocessing was given"
+    assert difference(JOB | steps, JOB) == "--no_postprocessing was not given"
+    assert difference(JOB | steps, JOB | {"postprocessing": [1]}) == "the postprocessing was another one"
+
+
+def test_several_models_are_one_job_wherever_they_lie():
+    models = [{"path": f"/a/model-{i}", "sha256": str(i) * 64} for i in (1, 2)]
+    job = JOB | {"model": {"path": "/a/model-1", "sha256": "3" * 64, "models": models}}
+    moved = JOB | {"model": {"path": "/b", "sha256": "3" * 64, "models": [one | {"path": "/b"} for one in models]}}
+    assert identity(moved) == identity(job) != identity(JOB)
+    assert difference(job, JOB) == "the models were /a/model-1 /a/model-2"
+    assert difference(JOB, job) == "the model was /a/model-1"
+
+
 def test_what_is_done_stays_and_what_is_not_is_refused(folder, tmp_path):
     image, outputs = (tmp_path / "image.nii.gz",), [folder / "a.nii.gz"]
     assert is_done(read_record(folder), JOB, image, outputs)
