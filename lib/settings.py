@@ -16,6 +16,7 @@ from lib import published
 from lib.data import DATASETS, raw
 from lib.data.BaseDataset import BaseDataset
 from lib.data.normalization import SCHEMES
+from lib.data.own_data import MEMORY_GB
 from lib.distance import DISTANCES, IMPORTANCES
 from lib.loss import LOSSES
 from lib.models import MODELS
@@ -133,6 +134,7 @@ class Settings(Options):
     axes: tuple[int, ...] | None = setting(
         "plan of own data",
         "order of the axes, as nnU-Net's transpose_forward; 0 is the last stored axis",
+        None,
         shown="the coarsest one first",
         type=number(int, 0, 2),
         nargs=3,
@@ -141,6 +143,7 @@ class Settings(Options):
     spacing: tuple[float, ...] | None = setting(
         "plan of own data",
         "voxel size to resample to in mm, the last stored axis first; 0: as planned",
+        None,
         shown="nnU-Net's target spacing",
         type=number(float, 0, 1e4),
         nargs=3,
@@ -149,6 +152,7 @@ class Settings(Options):
     normalization: tuple[str, ...] | None = setting(
         "plan of own data",
         f"of each channel: {', '.join(SCHEMES)}",
+        None,
         shown="by the channel's name",
         nargs="+",
         **one_of(SCHEMES),
@@ -157,7 +161,7 @@ class Settings(Options):
     gpu_memory: float = setting(
         "plan of own data",
         "memory in GB that patch and batch are planned for, by nnU-Net's estimate",
-        8.0,
+        MEMORY_GB,
         type=number(float, 0.1, 1e4),
         metavar="GB",
     )

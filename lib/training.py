@@ -21,7 +21,7 @@ from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
 from lib.settings import Settings
 from lib.system import distributed
-from lib.system.device import device_of, faster_precision, find_device
+from lib.system.device import faster_precision, find_device
 from lib.system.error import InputError
 from lib.system.facts import facts
 from lib.system.files import locked
@@ -74,15 +74,16 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
     state.rule = build_rule(settings, state.unpruned["flops"], state.validates)
     for line in (*introduction(task, data, folder), *changed.values(), *note, *beginning(task, history, folder)):
         state.log(line)
-    if distributed.is_main():
-        for line in expectation(settings, model, criterion, data.n_train_batches()):
-            state.log(line)
     if task.progress is not None:
         distributed.together(checkpoint.restore, state, task.progress)
     if history:
         checkpoint.restore_published(state, history, data.patch_size)
     if settings.prunes and not settings.has_budget and not state.validates:
         state.log("no validation set: thresholds rise by the training loss alone")
+    n_batches = data.n_train_batches()
+    if distributed.is_main():
+        for line in expectation(settings, model, n_batches, settings.epochs - state.epoch):
+            state.log(line)
     run_epochs(state, settings, task.device, criterion, data, save_fms)
     for key, before in state.unpruned.items():
         now = state.rows[-1][key]
@@ -109,27 +110,18 @@ def show_plan(task: Task) -> None:
     settings = task.settings
     data = build_dataset(settings)
     model = build_model(settings).to(task.device)
-    for line in (*task.notes, *expectation(settings, model, build_loss(settings), data.n_train_batches())):
+    for line in (*task.notes, *expectation(settings, model, data.n_train_batches(), settings.epochs)):
         print(line)
 
 
-def expectation(settings: Settings, model: nnUNet, criterion: nn.Module, n_batches: int) -> list[str]:
-    """Lines for the log about the time and the memory that a training takes here."""
-    device = device_of(model)
+def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) -> list[str]:
+    """Lines for the log about the time and the memory that so many epochs take here."""
+    what = model, build_loss(settings), settings.batch_size, settings.patch_size, n_batches, epochs
 
     def smaller(fms_init: int) -> nnUNet:
-        return build_unpruned(replace(settings, fms_init=fms_init)).to(device)
+        return build_unpruned(replace(settings, fms_init=fms_init))
 
-    return forecast(
-        model,
-        criterion,
-        settings.batch_size,
-        settings.patch_size,
-        n_batches,
-        settings.epochs,
-        settings.fms_init,
-        smaller,
-    )
+    return forecast(*what, smaller, settings.precision == "bfloat16")
 
 
 def read_task(args: argparse.Namespace, own: dict | None, held: ExitStack) -> Task:

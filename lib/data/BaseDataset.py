@@ -180,8 +180,8 @@ class BaseDataset:
         train_share(split)  # before anything is written
         found = self.files_in(data_path)
         if fold is not None:
-            train, validation = splits.fold_of(self.folds, fold) if fold != "all" else ([f.id for f in found], ())
-            parts = {"train": train, "validation": validation}
+            train, validation = splits.fold_of(self.folds, fold, [file.id for file in found])
+            parts = {"train": train, "validation": () if fold == splits.ALL else validation}
             tests = self.find_test(self.folders(data_path)[0]) if self.find_test else []
             return {part: [file for file in found if file.id in ids] for part, ids in parts.items()} | {"test": tests}
         cases = self.split_cases(split, seed_data, [file.id for file in found])

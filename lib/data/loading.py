@@ -173,8 +173,7 @@ class Loader:
 
     def n_train_batches(self) -> int:
         """How many batches `train_batches` yields, the same in every epoch."""
-        sizes = self._sizes()
-        return ceil(sum(sizes) / self.batch_size) if self.steps is None else self.steps
+        return ceil(sum(self._sizes()) / self.batch_size) if self.steps is None else self.steps
 
     def _sizes(self) -> list[int]:
         """How many patches each training volume gives when it is augmented."""

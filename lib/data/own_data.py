@@ -9,6 +9,7 @@ from lib.data.BaseDataset import PUBLISHED, BaseDataset, Preprocessing
 from lib.data.examination import examine
 
 STEPS, FOREGROUND = 250, 0.33  # of an epoch; share of the patches that hold foreground: nnU-Net's
+MEMORY_GB = 8.0  # nnU-Net's
 BUDGET = "20%"  # of the unpruned network's FLOPs
 GIVEN = ("dim", "axes", "spacing", "patch_size", "levels", "fms_init", "fms_max", "batch_size", "normalization")
 
@@ -31,16 +32,16 @@ def plan_folder(folder: Path, flags: Mapping[str, object], cache_path: Path) -> 
     found = examine(dataset, folder, cache_path, allow_mismatch=bool(flags.get("allow_mismatch")))
     ids = [file.id for file in dataset.find(folder)]
     fold = flags.get("fold") or "0"
-    folds, notes = (), list(found.notes)
-    if fold != "all":
-        folds = splits.read_splits(folder, ids) or splits.five_folds(ids)
-        notes += splits.shared_patients(folds)
+    folds, notes = splits.folds_of(folder, ids), list(found.notes)
+    if fold != splits.ALL:
+        notes += splits.shared_patients(*splits.fold_of(folds, fold, ids))
     given = {key: flags[key] for key in GIVEN if flags.get(key) is not None}
     given |= {key: [tuple(map(int, row)) for row in flags[key]] for key in ("strides", "kernels") if flags.get(key)}
     given |= {"crop": False} if flags.get("no_crop") else {}
     memory = {"memory_gb": flags["gpu_memory"]} if flags.get("gpu_memory") else {}
-    n_labels = dataset.n_classes + (dataset.ignore is not None)
-    plan = planning.plan(found.fingerprint, dataset.channels, n_labels, found.n_training, given=given, **memory)
+    plan = planning.plan(
+        found.fingerprint, dataset.channels, raw.n_labels(dataset), found.n_training, given=given, **memory
+    )
     return OwnData(replace(planned(dataset, plan, found.orientation), folds=folds), plan, notes)
 
 
