@@ -15,6 +15,7 @@ from typing import Any, Self
 from lib import published
 from lib.data import DATASETS, raw
 from lib.data.BaseDataset import BaseDataset
+from lib.data.definition import as_dict, of_dict
 from lib.data.normalization import SCHEMES
 from lib.data.own_data import MEMORY_GB
 from lib.distance import DISTANCES, IMPORTANCES
@@ -53,7 +54,7 @@ def fold_argument(text: str) -> str:
 
 
 def _dataset_of(values: Mapping[str, Any]) -> BaseDataset:
-    return raw.of_dict(values["definition"]) if values.get("definition") else DATASETS[values["data"]]
+    return of_dict(values["definition"]) if values.get("definition") else DATASETS[values["data"]]
 
 
 def _loss(values: dict) -> str:
@@ -337,7 +338,7 @@ class Settings(Options):
         metavar="RUN",
     )
 
-    definition: dict | None = noted(None)  # of own data: `lib.data.raw.as_dict`
+    definition: dict | None = noted(None)  # of own data: `lib.data.definition.as_dict`
     modalities: int = noted(lambda values: _dataset_of(values).modalities)
     n_classes: int = noted(lambda values: _dataset_of(values).n_classes)
     precision: str | None = noted(None)  # what --amp came to: "float32" or "bfloat16"
@@ -405,7 +406,7 @@ class Settings(Options):
         try:
             definition = config.get("definition")
             if definition is not None:
-                definition = raw.as_dict(raw.of_dict(definition))
+                definition = as_dict(of_dict(definition))
             given = vars(cls.parser().parse_args(cls.flags(config | ({"data": None} if definition else {}))))
             settings = cls.of(given | {"precision": config.get("precision"), "definition": definition})
             if settings.precision not in (None, "float32", "bfloat16"):

@@ -12,7 +12,8 @@ from lib import checkpoint, published
 from lib.build import build_dataset, build_loss, build_model, build_optimizer, build_rule, build_unpruned, check_amp
 from lib.callback import callbacks, fixed_image, tensorboard
 from lib.checkpoint import TrainingState
-from lib.data import DATASETS, own_data, planning, raw
+from lib.data import DATASETS, own_data, planning
+from lib.data.definition import as_dict
 from lib.data.loading import Loader
 from lib.forecast import forecast
 from lib.models import compile_model
@@ -102,7 +103,7 @@ def plan_own_data(args: argparse.Namespace) -> dict | None:
         raise InputError("--split, --seed_data: own data have folds; give --fold, or write a splits_final.json")
     cache_path = Path(args.cache_path or Settings.default("cache_path"))
     own = own_data.plan_folder(Path(args.data), vars(args), cache_path)
-    return {"definition": raw.as_dict(own.dataset), "notes": [*own.notes, planning.table(own.plan)]}
+    return {"definition": as_dict(own.dataset), "notes": [*own.notes, planning.table(own.plan)]}
 
 
 def show_plan(task: Task) -> None:

@@ -6,13 +6,23 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import SimpleITK as sitk
+
+from lib.data import raw
+from lib.system.error import InputError
 
 ACDC = Path(__file__).resolve().parents[2] / "shared" / "acdc" / "training"
 HIPPOCAMPUS = Path(__file__).resolve().parents[2] / "shared" / "Task04_Hippocampus"
 VALUES = (0, 1, 4)
 NAMES = ("background", "kidney", "tumor")
 CHANNELS = ("T2", "ADC")
+V2 = {
+    "channel_names": {"0": "T2"},
+    "labels": {"background": 0, "tumor": 1},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+}
 DIRECTIONS = {"v2": False, "v1": True, "decathlon": True}  # layouts, and whether their labels are values first
 
 
@@ -134,3 +144,32 @@ def write_acdc(folder, n=None):
         splits.append({"train": [id_ for id_ in ids if id_ not in val], "val": val})
     (folder / "splits_final.json").write_text(json.dumps(splits, indent=1))
     return folder
+
+
+# --- names without content
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def two_cases(folder, channels=1):
+    """Names alone of cases a and b, in version 2's layout."""
+    touch(folder, *(f"imagesTr/{id_}_{c:04d}.nii.gz" for id_ in "ab" for c in range(channels)))
+    touch(folder, "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
+
+
+def read_as(folder, **fields):
+    """The definition of a folder whose dataset.json is V2 with these changes."""
+    write_json(folder, **V2 | fields)
+    return raw.read_dataset(folder)
+
+
+def error(call, *args, **fields):
+    """The one line of an InputError."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -22,6 +22,7 @@ from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.fingerprint import Draws, Fingerprint, Measured, draws_per_case, fingerprint, measure
 from lib.data.geometry import GRID_TOLERANCE, Volume, apart_mm, codes
 from lib.data.images import LABEL_TOLERANCE, read, read_channels_of, read_label
+from lib.data.listing import listing
 from lib.system.error import InputError
 from lib.system.files import check_writable, digest, file_digest, write_atomically
 from lib.system.process import check_stopped, n_cores, worker_pool
@@ -76,7 +77,7 @@ def examine(dataset: BaseDataset, folder: Path, cache_path: Path, allow_mismatch
     where the cache cannot be written.
     """
     folder = raw.raw_folder(folder)
-    cases, _, problems, notes = raw.listing(dataset, folder)
+    cases, _, problems, notes = listing(dataset, folder)
     path = Path(cache_path) / f"{dataset.name}-examination.npz"
     check_writable(path, "--cache_path")
     kept = _load(path)

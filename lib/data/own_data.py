@@ -38,10 +38,8 @@ def plan_folder(folder: Path, flags: Mapping[str, object], cache_path: Path) -> 
     given = {key: flags[key] for key in GIVEN if flags.get(key) is not None}
     given |= {key: [tuple(map(int, row)) for row in flags[key]] for key in ("strides", "kernels") if flags.get(key)}
     given |= {"crop": False} if flags.get("no_crop") else {}
-    memory = {"memory_gb": flags["gpu_memory"]} if flags.get("gpu_memory") else {}
-    plan = planning.plan(
-        found.fingerprint, dataset.channels, raw.n_labels(dataset), found.n_training, given=given, **memory
-    )
+    sizes, memory_gb = (raw.n_labels(dataset), found.n_training), flags.get("gpu_memory") or MEMORY_GB
+    plan = planning.plan(found.fingerprint, dataset.channels, *sizes, given=given, memory_gb=memory_gb)
     return OwnData(replace(planned(dataset, plan, found.orientation), folds=folds), plan, notes)
 
 
