@@ -23,7 +23,7 @@ from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.evaluation import Rules, averages, each_pair, evaluate_pair, mean_foreground, validate_pair
 from lib.inference import Predictor
 from lib.models import load_model
-from lib.postprocessing import Decision, changes, decide, write_decision
+from lib.postprocessing import changes, decide, write_decision
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device
@@ -92,12 +92,13 @@ def _validate(
         "tolerance_mm": rules.tolerance_mm,
         "classes": list(dataset.class_names),
         "steps": list(decision.steps),
+        "reasons": decision.reasons,
         "before": averages(before) | {"subjects": before},
         "after": averages(after) | {"subjects": after},
     }
     write_decision(model, decision)
     write_json(folder / NAME, content)
-    for line in summary(content, decision):
+    for line in summary(content):
         log(line)
 
 
@@ -119,15 +120,15 @@ def predict_all(
     return pairs, n_voxels
 
 
-def summary(content: dict, decision: Decision) -> list[str]:
+def summary(content: dict) -> list[str]:
     """Lines for the log: the averages by class, twice where a post-processing is kept, and the worst cases."""
     before, after = (content[when]["average"] for when in ("before", "after"))
     rows = {name: k for k, name in enumerate(content["classes"]) if k > 0}
     values = {name: {m: (before[m][k], after[m][k]) for m in COLUMNS} for name, k in rows.items()}
     if len(rows) > 1:
         values["mean"] = {m: (mean_foreground(before[m]), mean_foreground(after[m])) for m in COLUMNS}
-    lines = [f"validation: {name}: {_cells(by_metric, bool(decision.steps))}" for name, by_metric in values.items()]
-    kept = [reason["why"] for reason in decision.reasons if reason["kept"]]
+    lines = [f"validation: {name}: {_cells(by_metric, bool(content['steps']))}" for name, by_metric in values.items()]
+    kept = [reason["why"] for reason in content["reasons"] if reason["kept"]]
     lines += [f"post-processing: {why}" for why in kept] or ["post-processing: none, since no step raises the Dice"]
     worst = worst_first(content["after"]["subjects"])
     return [*lines, f"worst cases: {', '.join(f'{subject} {mean:.4f}' for subject, mean in worst[:3]) or 'none known'}"]

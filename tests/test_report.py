@@ -6,7 +6,9 @@ import shlex
 import shutil
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from lib import postprocessing
 from lib.build import build_model
 from lib.data import DATASETS
+from lib.data.geometry import Volume, of_header
 from lib.data.loading import Loader
 from lib.experiments import report as module
 from lib.experiments.report import (
@@ -24,7 +28,16 @@ from lib.experiments.report import (
     report,
 )
 from lib.experiments.report import report_training as report_at_the_end
-from lib.experiments.report_figures import draw_dice, draw_examples, draw_filters, draw_loss, draw_size, draw_time
+from lib.experiments.report_figures import (
+    draw_dice,
+    draw_examples,
+    draw_filters,
+    draw_loss,
+    draw_size,
+    draw_time,
+    draw_validation,
+    largest_slice,
+)
 from lib.experiments.run import read_run
 from lib.models import load_model, nnUNet
 from lib.models.filters import format_filters
@@ -107,10 +120,10 @@ def made_up(tmp_path):
 def test_the_page_of_a_training_holds_all_its_figures(trained):
     page = (trained / "report.html").read_text()
     names = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="(\w+)">', page)
-    assert names == ["loss", "dice", "size", "time", "filters", "examples"]
+    assert names == ["loss", "dice", "size", "time", "filters", "examples", "validation"]
     for name, content in zip(names, re.findall(r"base64,([^\"]+)", page), strict=True):
         assert base64.b64decode(content) == (trained / "figures" / f"{name}.png").read_bytes()
-    assert len(list((trained / "figures").iterdir())) == 6
+    assert len(list((trained / "figures").iterdir())) == 7
     assert not re.search(r"https?:|<script|<link|url\(", page)
     assert "<td>finished: epoch 1 of 1</td>" in page
     assert f"report: {trained / 'report.html'}" in (trained / "log.txt").read_text()
@@ -121,9 +134,9 @@ def test_chromium_shows_every_image_and_has_no_complaint(trained, tmp_path):
     page = tmp_path / "page.html"
     page.write_text((trained / "report.html").read_text().replace("</body>", COUNT_IMAGES))
     dom, messages = dump_dom(page, tmp_path)
-    assert "<title>6 of 6</title>" in dom
+    assert "<title>7 of 7</title>" in dom
     assert dom.rstrip().endswith("</html>")
-    assert dom.count("<h2>") == 3
+    assert dom.count("<h2>") == 4
     assert "CONSOLE" not in messages
 
 
@@ -335,7 +348,8 @@ def test_a_second_report_replaces_the_first(trained, tmp_path):
     before = sorted(run.rglob("*"))
     shutil.rmtree(run / "models")
     assert main([str(run), "--device", "cpu"]) == 0
-    assert "Not drawn: examples, because " in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Not drawn: examples, because " in page and "Not drawn: validation" not in page
     gone = [path for path in before if not path.exists()]
     assert [path.name for path in gone if "models" not in path.parts] == ["examples.png"]
     assert set(run.rglob("*")) < set(before)
@@ -350,6 +364,8 @@ def test_a_second_report_replaces_the_first(trained, tmp_path):
         ("history.json", "{", "history.json: is broken"),
         ("out_filters", "a\tb\n1\t2\n", "out_filters: is broken"),
         ("validation_scores.json", '{"2": {}}', "validation_scores.json: is broken"),
+        ("validation.json", '{"model": "model-3"}', "validation.json: is broken"),
+        ("validation.json", json.dumps({}), "validation.json: is broken"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(made_up, capsys, file, content, message):
@@ -370,7 +386,7 @@ VALUES = (
 
 @settings(max_examples=40)
 @given(
-    file=st.sampled_from(["config.json", "history.json", "validation_scores.json"]),
+    file=st.sampled_from(["config.json", "history.json", "validation_scores.json", "validation.json"]),
     value=VALUES,
     depth=st.integers(0, 3),
     data=st.data(),
@@ -379,6 +395,7 @@ def test_a_run_with_some_other_value_is_refused_or_reported(made_up, tmp_path, f
     good, run = tmp_path / "good", tmp_path / "other"
     if not good.exists():
         shutil.copytree(made_up(), good)
+        (good / "validation.json").write_text(json.dumps(validated()))
     shutil.copytree(good, run, dirs_exist_ok=True)
     content = json.loads((run / file).read_text())
     parent, key = {"": content}, ""
@@ -398,6 +415,123 @@ def test_a_run_with_some_other_value_is_refused_or_reported(made_up, tmp_path, f
         with suppress(InputError):  # nothing was validated
             draw(found)
     module.page(found, {}, [])
+
+
+# --- the whole validation volumes -------------------------------------------------------------------------------------
+
+
+def validated(steps=("foreground",)):
+    """validation.json of two cases of the phantom, of which a step mends one."""
+
+    def part(first):
+        cases = {"good": ([0.99, 0.9, 0.9, None], 1.5), "<bad>": ([0.99, first, 0.5, 0.8], 3.25)}
+        alike = {
+            key: {"dice": dice, "HD95": [None, mm, mm, None], "surface_dice": dice} for key, (dice, mm) in cases.items()
+        }
+        dice = [0.99, (0.9 + first) / 2, 0.7, 0.8]
+        return {"average": {"dice": dice, "HD95": [None, 2.375, 2.375, None], "surface_dice": dice}, "subjects": alike}
+
+    reasons = [{"step": "foreground", "kept": bool(steps), "dice": [0.7, 0.8], "why": "it <helps>"}]
+    said = {"model": "model-3", "sha256": "0", "steps": list(steps), "reasons": reasons}
+    return said | {"before": part(0.2), "after": part(0.4 if steps else 0.2)}
+
+
+def test_the_validation_has_its_section_the_worst_case_first(made_up):
+    run = made_up()
+    (run / "validation.json").write_text(json.dumps(validated()))
+    page = html.unescape(report(run).read_text())
+    assert "<p>model-3 on 2 whole volumes of the validation set" in page
+    assert "<tr><th>RV cavity</th><td>0.550 → 0.650</td><td>2.38</td><td>0.550 → 0.650</td></tr>" in page
+    assert "<tr><th>mean</th><td>0.683 → 0.717</td>" in page
+    assert "<p>Post-processing: it <helps>.</p>" in page
+    worst, best = (page.index(f"<tr><th>{name}</th>") for name in ("<bad>", "good"))
+    assert worst < best
+    assert "<th><bad></th><td>0.400</td><td>0.500</td><td>0.800</td><td>0.567</td><td>3.25</td>" in page
+    assert "<details open><summary>Every case, after the post-processing, worst first</summary>" in page
+    assert "Not drawn: validation, because the data are not in" in page
+    (run / "validation.json").write_text(json.dumps(validated(steps=())))
+    page = html.unescape(report(run).read_text())
+    assert "<tr><th>RV cavity</th><td>0.550</td>" in page and "post-processing" not in page.lower()
+
+
+def test_without_a_validation_there_is_no_section(made_up):
+    page = report(made_up()).read_text()
+    assert "<h2>Validation</h2>" not in page and "validation, because" not in page
+
+
+def test_the_worst_cases_are_drawn_with_truth_and_prediction(trained):
+    run = read_run(trained)
+    figure = draw_validation(run, None)
+    subjects = run.validation["after"]["subjects"]
+    ranked = sorted(subjects, key=lambda subject: np.mean(subjects[subject]["dice"][1:]))
+    assert len(ranked) == 6
+    for i, subject in enumerate(ranked):
+        left, right = figure.axes[2 * i : 2 * i + 2]
+        mean = np.mean(subjects[subject]["dice"][1:])
+        place = f"{i + 1} of 6{', median' * (i == 3)}"
+        assert left.get_title("left") == f"{subject}\nDice {mean:.3f} ({place})"
+        k = int(right.get_title("left").split()[-1])
+        (file,) = (file for file in run.data().files("validation") if file.id == subject)
+        truth = np.asarray(nib.load(file.label).dataobj)
+        assert k == (truth > 0).sum((0, 1)).argmax()
+        shown = left.images[1].get_array().filled(0)
+        assert [(shown == c).sum() for c in (1, 2, 3)] == [(truth[..., k] == c).sum() for c in (1, 2, 3)]
+        predicted = np.asarray(nib.load(trained / "validation" / f"{subject}.nii.gz").dataobj)
+        predicted = postprocessing.apply(predicted, run.validation["steps"])[..., k]
+        assert (right.images[1].get_array().filled(0) > 0).sum() == (predicted > 0).sum()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(run.classes[1:])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_cases_are_drawn_once(trained, n):
+    run = read_run(trained)
+    for when in ("before", "after"):
+        run.validation[when]["subjects"] = dict(list(run.validation[when]["subjects"].items())[:n])
+    figure = draw_validation(run, None)
+    assert [axis.axison for axis in figure.axes] == [True] * 2 * n + [False] * 2 * (n == 3)
+
+
+def test_a_prediction_that_is_gone_is_told(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "validation")
+    assert "Not drawn: validation, because" in report(run).read_text()
+
+
+def as_volumes(affine, *arrays):
+    header = nib.Nifti1Image(arrays[0], affine).header
+    geometry = of_header(Path("a.nii"), header, arrays[0].shape)
+    return [Volume(Path("a.nii"), array, geometry, header, 0, "") for array in arrays]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_slice_of_the_largest_area_in_its_proportions(axis):
+    spacing = np.array([1.0, 2.0, 4.0])[[(2 - axis + a) % 3 for a in range(3)]]  # the largest along `axis`
+    truth = np.zeros((40, 41, 42), np.uint8)
+    where = [slice(10, 20)] * 3
+    where[axis] = slice(5, 8)
+    truth[tuple(where)] = 1
+    where[axis] = 6
+    where[axis - 1] = slice(10, 24)  # the largest one
+    truth[tuple(where)] = 1
+    volumes = as_volumes(np.diag([*spacing, 1]), np.arange(truth.size, dtype=np.float32).reshape(truth.shape), truth)
+    k, aspect, (image, shown, predicted) = largest_slice(*volumes, volumes[1], 2)
+    assert k == 6 and sorted([aspect, 1 / aspect]) == [0.5, 2]
+    assert shown.sum() == 140 and image.shape == shown.shape == predicted.shape
+    assert set(image[shown == 1]) == set(volumes[0].array.take(6, axis)[truth.take(6, axis) == 1])
+
+
+def test_the_slice_lies_as_the_patient_does_and_needs_no_truth():
+    predicted = np.zeros((60, 60, 3), np.uint8)
+    predicted[40, 50, 1] = 1
+    empty = np.zeros_like(predicted)
+    for axis, first, last in ((0, (0, 0), (0, -1)), (1, (0, 0), (-1, 0))):  # more to the right; more anterior
+        where = np.broadcast_to(np.arange(60.0).reshape([60 if a == axis else 1 for a in range(3)]), empty.shape)
+        volumes = as_volumes(np.diag([1, 1, 5, 1]), where, empty, predicted)
+        k, aspect, (image, _, shown) = largest_slice(*volumes, 2)
+        assert (k, aspect) == (1, 1) and image[first] > image[last] and len(shown) < 60
+        assert image[shown == 1].tolist() == [(40, 50)[axis]]
+    k, _, planes = largest_slice(*volumes[:2], volumes[1], 2)
+    assert k == 0 and [plane.shape for plane in planes] == [(60, 60)] * 3  # nothing to be near to
 
 
 def test_no_report_fails_a_training(monkeypatch, tmp_path):

@@ -1,24 +1,27 @@
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import evaluate
 import lib.validation
 import predict
 from lib.data.BaseDataset import SubjectFiles
+from lib.evaluation import Rules, validate_pair
 from lib.inference import Prediction
-from lib.postprocessing import Decision, read_steps
+from lib.postprocessing import changes, read_steps
 from lib.settings import Settings
 from lib.system.error import InputError
 from lib.system.process import Stopped
 from lib.training import train
-from lib.validation import main, summary, validate_run, worst_first
+from lib.validation import main, predict_all, summary, validate_run, worst_first
 
 CPU = torch.device("cpu")
 SMALL = ["--data", "phantom", "--fms_init", "2", "--levels", "3", "--patch_size", "16", "16", "--device", "cpu"]
@@ -195,8 +198,8 @@ def test_another_commands_run_is_left_alone(run, capsys):
 def test_the_lines_of_unknown_values():
     metrics = {"dice": [1.0, None], "HD95": [None, None], "surface_dice": [None, 0.25]}
     part = {"average": metrics, "n": {}, "subjects": {"a": metrics}}
-    content = {"classes": ["background", "thing"], "before": part, "after": part}
-    assert summary(content, Decision((), [])) == [
+    content = {"classes": ["background", "thing"], "steps": [], "reasons": [], "before": part, "after": part}
+    assert summary(content) == [
         "validation: thing: Dice -, HD95 - mm, surface Dice 0.2500",
         "post-processing: none, since no step raises the Dice",
         "worst cases: none known",
@@ -217,3 +220,24 @@ def test_errors_are_told_apart_from_bad_input(run, monkeypatch):
     with pytest.raises(InputError, match="no space"):
         validate_run(run, CPU, lines.append)
     assert lines[-1] == f"not validated; to do it again: python -m lib.validation {run}"
+
+
+def test_own_values_and_endings_are_written_and_ignored_voxels_do_not_count(tmp_path):
+    dataset = replace(tiny.Tiny3D, values=(0, 7), ignore=9, file_ending=".nii")
+    tiny.write_case(tmp_path, 1)
+    (file,) = dataset.find(tmp_path)
+    truth = nib.load(file.label)
+    labels = np.asarray(truth.dataobj).astype(np.uint8)
+    labels[0, 0, :2] = 1  # predicted far away, where nobody knows
+    predictor = SimpleNamespace(file=lambda _: Prediction(labels, None, truth.header, {}))
+    pairs, n_voxels = predict_all(predictor, [file], tmp_path / "out", dataset)
+    path = tmp_path / "out" / "case_01.nii"
+    assert pairs == {"case_01": (path, file.label)} and n_voxels == labels.size
+    assert np.unique(nib.load(path).dataobj).tolist() == [0, 7]
+
+    stored = 7 * np.asarray(truth.dataobj)
+    stored[0, 0, :2] = 9
+    nib.save(nib.Nifti1Image(stored, truth.affine), file.label)
+    metrics, counts = validate_pair(*pairs["case_01"], Rules(2, values=dataset.values, ignore=dataset.ignore))
+    assert (metrics["dice"], metrics["FP"], metrics["HD"][1]) == ([1, 1], [0, 0], 0)
+    assert counts[:, :, 0, 1:].max() == 0 and not changes(counts, ("foreground", 1))

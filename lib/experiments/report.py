@@ -20,13 +20,24 @@ from matplotlib.figure import Figure
 
 from lib.evaluation import mean_foreground
 from lib.experiments.figures import STYLE, save_figure
-from lib.experiments.report_figures import DPI, draw_dice, draw_examples, draw_filters, draw_loss, draw_size, draw_time
+from lib.experiments.report_figures import (
+    DPI,
+    N_WORST,
+    draw_dice,
+    draw_examples,
+    draw_filters,
+    draw_loss,
+    draw_size,
+    draw_time,
+    draw_validation,
+)
 from lib.experiments.run import Run, read_run
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device
 from lib.system.error import InputError
 from lib.system.files import write_text
+from lib.validation import COLUMNS, worst_first
 
 HTML = """\
 <!DOCTYPE html>
@@ -117,9 +128,52 @@ def subject_table(run: Run) -> str:
     for subject in ranked:
         values = [*run.scores[subject][1:], means[subject]]
         rows.append([subject, *("-" if value is None else f"{value:.3f}" for value in values)])
-    cells = (f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in values) for name, *values in rows)
     title = f"Dice of every validation subject in epoch {run.scores_epoch}, best first"
-    return f"<details><summary>{title}</summary><table><tr>{'</tr><tr>'.join(cells)}</tr></table></details>"
+    return f"<details><summary>{title}</summary>{grid(rows)}</details>"
+
+
+def grid(rows: list[list[str]]) -> str:
+    """A table whose rows begin with a name, escaped."""
+    cells = (f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in values) for name, *values in rows)
+    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+
+
+def validation_section(run: Run, figure: str) -> list[str]:
+    """What the whole validation volumes say: averages by class, before and after the post-processing, and every case,
+    worst first. Nothing where there is no validation.json."""
+    found = run.validation
+    if not found:
+        return []
+    averages, subjects = [found[when]["average"] for when in ("before", "after")], found["after"]["subjects"]
+    rows = [["", *(f"{name} ({unit.strip()})" if unit else name for name, _, unit in COLUMNS.values())]]
+    for k, name in enumerate(run.classes[1:], start=1):
+        rows.append([name, *(changed([average[m][k] for average in averages], m) for m in COLUMNS)])
+    if len(run.classes) > 2:
+        rows.append(["mean", *(changed([mean_foreground(average[m]) for average in averages], m) for m in COLUMNS)])
+    cases = [["", *(f"Dice {name}" for name in run.classes[1:]), *(f"mean {name}" for name, *_ in COLUMNS.values())]]
+    ranked = [subject for subject, _ in worst_first(subjects)]
+    for subject in [*ranked, *(subject for subject in subjects if subject not in ranked)]:
+        values = [(value, "dice") for value in subjects[subject]["dice"][1:]]
+        values += [(mean_foreground(subjects[subject][m]), m) for m in COLUMNS]
+        cases.append([subject, *(changed([value], m) for value, m in values)])
+    after = ", after the post-processing" if found["steps"] else ""
+    unfolded = " open" * (len(subjects) <= 20)
+    return [
+        "<h2>Validation</h2>",
+        f"<p>{escape(found['model'])} on {len(subjects)} whole volumes of the validation set, as predict.py predicts "
+        "and evaluate.py compares them" + (", before → after the post-processing" if after else "") + ".</p>",
+        grid(rows),
+        *(f"<p>Post-processing: {escape(reason['why'])}.</p>" for reason in found["reasons"] if reason["kept"]),
+        f"<details{unfolded}><summary>Every case{after}, worst first</summary>{grid(cases)}</details>",
+        figure,
+    ]
+
+
+def changed(values: list[float | None], metric: str) -> str:
+    """A value, or two that differ in what is shown of them: "0.800 → 0.900"."""
+    digits = 2 if metric == "HD95" else 3
+    shown = dict.fromkeys("-" if value is None else f"{value:.{digits}f}" for value in values)
+    return " → ".join(shown)
 
 
 def shell(*lines: str) -> str:
@@ -131,7 +185,7 @@ def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
     """The page, from its figures as HTML by name, and sentences on what is missing."""
     settings, facts = run.settings, run.facts
     wide = [html for name, html in figures.items() if name in ("filters", "examples")]
-    small = [html for html in figures.values() if html not in wide]
+    small = [html for name, html in figures.items() if html not in wide and name != "validation"]
     typed = [facts.get("command", "unknown")]
     typed += [f"{c['command']}  # after epoch {c['after_epoch']}" for c in facts.get("continued", [])]
     go_on = shlex.join(["python", "train.py", "--resume", str(run.folder)])
@@ -143,6 +197,7 @@ def page(run: Run, figures: dict[str, str], lacks: list[str]) -> str:
         f'<div class="figures">{"".join(small)}</div>',
         *wide,
         subject_table(run),
+        *validation_section(run, figures.get("validation", "")),
         *(f"<p>{escape(text)}</p>" for text in lacks),
         "<h2>Repeat it</h2>",
         f"<p>With every setting spelled out:</p>{shell(command(settings))}",
@@ -178,6 +233,12 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
             f"epoch {run.scores_epoch}, the prediction that of the newest model, after all pruning.",
         ),
     }
+    if run.validation:
+        figures["validation"] = (
+            partial(draw_validation, data_path=data_path),
+            f"The {N_WORST} worst cases and the median one: in the slice with most of the truth (counted from 0 in the "
+            "file) the truth, and the prediction with the truth in outline. The Dice is that of the whole volume.",
+        )
     try:
         (folder / "figures").mkdir(exist_ok=True)
         for name, (draw, caption) in figures.items():

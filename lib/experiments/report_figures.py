@@ -1,5 +1,9 @@
 """The figures of a report, drawn from a `Run`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -8,6 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from lib import postprocessing
+from lib.data import images
+from lib.data.geometry import Volume, aligned, axes_of, oriented
 from lib.evaluation import mean_foreground
 from lib.experiments.feature_maps import cut_patch, picture
 from lib.experiments.figures import class_colours, new_figure
@@ -15,9 +22,12 @@ from lib.experiments.run import Run
 from lib.models import load_model
 from lib.system.cli import flops_of
 from lib.system.error import InputError
+from lib.validation import worst_first
 
 LINES = ("-", "--", ":")
 WHOLE = {"integer": True, "steps": (1, 2, 5, 10), "min_n_ticks": 1, "nbins": 6}  # ticks of epochs
+WINDOW = (0.5, 99.5)  # percentiles of the intensities from black to white
+N_WORST = 6  # cases of the validation that are shown
 SMALL, DPI = (4.9, 3.3), 150  # inches of a figure that has another one beside it
 
 
@@ -177,18 +187,107 @@ def draw_examples(run: Run, data_path: str | None, cache_path: str | None, devic
         image, truth, k, place = cut_patch(volumes[ids.index(subject)], data.patch_size, None)
         predicted = model(image.to(device))[0][0].argmax(0).cpu()
         background, truth, predicted = (picture(m, place, len(truth)) for m in (image[0, 0], truth, predicted))
-        low, high = np.percentile(background, (0.5, 99.5))
-        for axis, labels in zip(row, (None, truth, predicted), strict=True):
-            axis.imshow(background, cmap="gray", vmin=low, vmax=high)
-            axis.set(xticks=[], yticks=[])
-            if labels is not None:
-                masked, colours = np.ma.masked_equal(labels, 0), ListedColormap(class_colours(n_classes))
-                axis.imshow(masked, colours, vmin=1, vmax=n_classes - 1, alpha=0.6, interpolation="nearest")
-        for label in np.unique(truth)[1:]:
-            row[2].contour(truth == label, levels=[0.5], colors="white", linewidths=1)
+        low, high = np.percentile(background, WINDOW)
+        row[0].imshow(background, cmap="gray", vmin=low, vmax=high)
+        draw_maps(row[1:], background, truth, predicted, n_classes)
+        row[0].set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{rank}: Dice {mean:.3f}\n{subject}\nslice {k}")
     for axis, title in zip(axes[0], ("image", "truth", "prediction, truth in outline"), strict=True):
         axis.set_title(title)
-    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(n_classes), run.classes[1:], strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return add_classes(figure, run.classes)
+
+
+def draw_maps(
+    axes: Sequence[Axes], background: np.ndarray, truth: np.ndarray, predicted: np.ndarray, n_classes: int, **how: float
+) -> None:
+    """The truth, and beside it the prediction with the truth in outline, over a grey image; all (rows, columns). What
+    the truth ignores is white. `how` is for imshow."""
+    low, high = np.percentile(background, WINDOW)
+    colours = ListedColormap([*class_colours(n_classes), "white"])
+    for axis, labels in zip(axes, (truth, predicted), strict=True):
+        axis.imshow(background, cmap="gray", vmin=low, vmax=high, **how)
+        masked = np.ma.masked_equal(labels, 0)
+        axis.imshow(masked, colours, vmin=1, vmax=n_classes, alpha=0.6, interpolation="nearest", **how)
+        axis.set(xticks=[], yticks=[])
+    for label in np.unique(truth[(truth > 0) & (truth < n_classes)]):
+        axes[1].contour(truth == label, levels=[0.5], colors="white", linewidths=1)
+
+
+def add_classes(figure: Figure, classes: Sequence[str]) -> Figure:
+    """The colours of the classes, below the axes."""
+    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(len(classes)), classes[1:], strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     return figure
+
+
+def draw_validation(run: Run, data_path: str | None) -> Figure:
+    """The worst cases of the whole validation volumes and the median one, after the post-processing.
+
+    Raises InputError where there is no validation, or a file of it is gone.
+    """
+    ranked = worst_first(run.validation["after"]["subjects"]) if run.validation else []
+    if not ranked:
+        raise InputError("no case has a Dice")
+    median, dataset, n_classes = len(ranked) // 2, run.settings.dataset, len(run.classes)
+    chosen = sorted({*range(min(N_WORST, len(ranked))), median})
+    files = {file.id: file for file in run.data(data_path, write=False).files("validation")}
+    if missing := [ranked[i][0] for i in chosen if ranked[i][0] not in files]:
+        raise InputError(f"{missing[0]} is not among the data any more")
+    n_rows = ceil(len(chosen) / 2)
+    n_columns = 4 if len(chosen) > 1 else 2
+    figure = new_figure(2.5 * n_columns, 2.75 * n_rows + 0.5)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).reshape(-1, 2)
+    for pair, i in zip(axes, chosen, strict=False):
+        (subject, mean), file = ranked[i], files[ranked[i][0]]
+        image = images.read_channels_of(file.images[0])[0]
+        path = run.folder / "validation" / f"{subject}{dataset.file_ending}"
+        predicted = aligned(images.read_label(path, n_classes, values=dataset.values), image)
+        truth = images.read_label(file.label, n_classes, dataset.merged_labels, dataset.values, dataset.ignore)
+        truth = aligned(truth, image)
+        predicted = replace(predicted, array=postprocessing.apply(predicted.array, run.validation["steps"]))
+        k, aspect, planes = largest_slice(image, truth, predicted, n_classes)
+        draw_maps(pair, *planes, n_classes, aspect=aspect)
+        place = f"{i + 1} of {len(ranked)}" + ", median" * (i == median)
+        name = subject if len(subject) < 26 else f"{subject[:10]} ... {subject[-10:]}"
+        pair[0].set_title(f"{name}\nDice {mean:.3f} ({place})", loc="left", parse_math=False)
+        pair[1].set_title(f"prediction\nslice {k}", loc="left", fontweight="normal")
+    for axis in axes[len(chosen) :].flat:
+        axis.set_axis_off()
+    return add_classes(figure, run.classes)
+
+
+def largest_slice(
+    image: Volume, truth: Volume, predicted: Volume, n_classes: int
+) -> tuple[int, float, tuple[np.ndarray, ...]]:
+    """The slice through the largest area of the truth (or of the prediction, where there is no truth): its number, the
+    height of its pixels in widths, and the image, truth and prediction there as rows of pixels.
+
+    All volumes are on one grid. Slices go along its axis of the largest voxels. Right is the patient's left, and down
+    is posterior, or inferior. The picture shows what was found and half as much around it.
+    """
+    spacing_mm = image.geometry.spacing_mm
+    axis = max(range(3), key=lambda a: (spacing_mm[a], a))
+    others = tuple(a for a in range(3) if a != axis)
+    areas = [((v.array > 0) & (v.array < n_classes)).sum(others) for v in (truth, predicted)]
+    k = int((areas[0] if areas[0].any() else areas[1]).argmax())
+    where = axes_of(image.geometry, "LPS").index(axis)
+    planes = []
+    for volume in (image, truth, predicted):
+        array = volume.array.take([k], axis)
+        turned = oriented(replace(volume, array=array, geometry=image.geometry._replace(shape=array.shape)), "LPS")
+        plane = turned.array.take(0, where).T
+        planes.append(plane if where == 2 else plane[::-1])
+    shown = (planes[1] > 0) | (planes[2] > 0)
+    box = tuple(_with_margin(np.flatnonzero(shown.any(1 - a)), shown.shape[a]) for a in (0, 1))
+    columns, rows = (mm for a, mm in enumerate(turned.geometry.spacing_mm) if a != where)
+    return k, rows / columns, tuple(plane[box] for plane in planes)
+
+
+def _with_margin(found: np.ndarray, size: int) -> slice:
+    """From the first to the last of these indices, half as many around them, and 32 at least; all where there is
+    none."""
+    if not len(found):
+        return slice(0, size)
+    first, last = found[[0, -1]]
+    margin = max((last - first + 1) // 2, (32 - (last - first)) // 2)
+    return slice(max(0, first - margin), last + 1 + margin)

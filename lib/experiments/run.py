@@ -112,6 +112,18 @@ class Run:
     def scores_epoch(self) -> int | None:
         return self._validation[0]
 
+    @cached_property
+    def validation(self) -> dict | None:
+        """validation.json: the whole validation volumes as a model of this run segments them; None if it is not
+        there."""
+        file = self.folder / "validation.json"
+        if not file.exists():
+            return None
+        with _reading(file):
+            found = json.loads(read_text(file))
+            _check_validation(found, self.settings.n_classes)
+            return found
+
     @property
     def met(self) -> int | None:
         """The epoch at whose end the network fitted its budget; None if it did not, or there is none."""
@@ -158,7 +170,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """All that a run with a finished epoch says. Raises InputError if it has none, or a file is broken."""
     run = Run(folder)
-    for name in ("history", "unpruned", "tau", "filters", "scores"):
+    for name in ("history", "unpruned", "tau", "filters", "scores", "validation"):
         getattr(run, name)
     return run
 
@@ -194,6 +206,23 @@ def _check_history(history: dict[str, list], n_classes: int) -> None:
         raise ValueError("budget_met is neither true nor false")
     if len(ms) not in (0, n) or not all(value is None or _is_number(value) for value in ms):
         raise ValueError("ms is no number")
+
+
+def _check_validation(found: dict, n_classes: int) -> None:
+    """Raise an error of `_reading` unless all that is shown of it is as lib.validation writes it."""
+    if not isinstance(found["model"], str):
+        raise ValueError("the model is no text")
+    if not all(step == "foreground" or (type(step) is int and 0 < step < n_classes) for step in found["steps"]):
+        raise ValueError("a step is neither the foreground nor a class")
+    if not all(isinstance(reason["why"], str) and type(reason["kept"]) is bool for reason in found["reasons"]):
+        raise ValueError("a reason is no text")
+    before, after = (found[when]["subjects"] for when in ("before", "after"))
+    if not before or before.keys() != after.keys():
+        raise ValueError("not the same subjects before and after")
+    averages = (found[when]["average"] for when in ("before", "after"))
+    for metrics in (*before.values(), *after.values(), *averages):
+        for metric in ("dice", "HD95", "surface_dice"):
+            _check_dice(metrics[metric], n_classes)
 
 
 def _check_dice(dice: list[float | None], n_classes: int) -> None:
