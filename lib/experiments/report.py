@@ -237,7 +237,8 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
         figures["validation"] = (
             partial(draw_validation, data_path=data_path),
             f"The {N_WORST} worst cases and the median one: in the slice with most of the truth (counted from 0 in the "
-            "file) the truth, and the prediction with the truth in outline. The Dice is that of the whole volume.",
+            "file) the truth, and the prediction with the truth in outline. The patient's left is on the right; the "
+            "Dice is that of the whole volume.",
         )
     try:
         (folder / "figures").mkdir(exist_ok=True)
