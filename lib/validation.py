@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,17 +17,17 @@ from tqdm import tqdm
 
 from lib import checkpoint
 from lib.build import build_dataset
-from lib.data import images
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.evaluation import Rules, averages, each_pair, evaluate_pair, mean_foreground, validate_pair
-from lib.inference import Predictor
+from lib.inference import Predictor, save
 from lib.models import load_model
 from lib.postprocessing import changes, decide, write_decision
+from lib.prediction import BAR
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device
 from lib.system.error import InputError
-from lib.system.files import file_digest, locked, sweep, write_atomically, write_json
+from lib.system.files import file_digest, locked, sweep, write_json
 from lib.system.log import Log
 from lib.system.process import Stopped, check_stopped, keep_freed_memory, n_cores
 
@@ -109,14 +108,15 @@ def predict_all(
     output.mkdir(exist_ok=True)
     sweep(output)
     pairs, n_voxels = {}, 0
-    for file in tqdm(files, desc="validation", unit="volume"):
-        check_stopped()
-        prediction = predictor.file(file.images)
-        path = output / f"{file.id}{dataset.file_ending}"
-        what = {"array": prediction.labels, "header": prediction.header, "values": dataset.values}
-        write_atomically(path, partial(images.write, **what))
-        pairs[file.id] = path, file.label
-        n_voxels += prediction.labels.size
+    with tqdm(total=len(files), desc="validation", unit="volume", bar_format=BAR) as bar:
+        for i, file in enumerate(files, start=1):
+            check_stopped()
+            prediction = predictor.file(file.images, advance=bar.update)
+            path = output / f"{file.id}{dataset.file_ending}"
+            save(prediction.labels, prediction.header, path, values=dataset.values)
+            pairs[file.id] = path, file.label
+            n_voxels += prediction.labels.size
+            bar.update(i - bar.n)
     return pairs, n_voxels
 
 

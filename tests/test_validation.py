@@ -51,7 +51,7 @@ def predicted(monkeypatch):
     """Let the network predict the truth, with two voxels of class 1 far away in the first subject."""
     done = []
 
-    def as_truth(_predictor, paths):
+    def as_truth(_predictor, paths, **_):
         image = nib.load(paths[0])
         label = np.asarray(nib.load(str(paths[0]).replace(".nii.gz", "_gt.nii.gz")).dataobj).astype(np.uint8)
         if not done:
@@ -216,7 +216,7 @@ def test_errors_are_told_apart_from_bad_input(run, monkeypatch):
         raise InputError("no space")
 
     lines = []
-    monkeypatch.setattr(lib.validation, "write_atomically", full)
+    monkeypatch.setattr(lib.validation, "save", full)
     with pytest.raises(InputError, match="no space"):
         validate_run(run, CPU, lines.append)
     assert lines[-1] == f"not validated; to do it again: python -m lib.validation {run}"
@@ -229,7 +229,7 @@ def test_own_values_and_endings_are_written_and_ignored_voxels_do_not_count(tmp_
     truth = nib.load(file.label)
     labels = np.asarray(truth.dataobj).astype(np.uint8)
     labels[0, 0, :2] = 1  # predicted far away, where nobody knows
-    predictor = SimpleNamespace(file=lambda _: Prediction(labels, None, truth.header, {}))
+    predictor = SimpleNamespace(file=lambda _, **__: Prediction(labels, None, truth.header, {}))
     pairs, n_voxels = predict_all(predictor, [file], tmp_path / "out", dataset)
     path = tmp_path / "out" / "case_01.nii"
     assert pairs == {"case_01": (path, file.label)} and n_voxels == labels.size
