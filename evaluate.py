@@ -67,14 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             found = find_pairs(args.pred, truths, dataset.find)
         else:
             found = find_own_pairs(args.pred, truths, dataset)
-        rules = Rules(
-            dataset.n_classes,
-            args.tolerance,
-            dataset.merged_labels,
-            dataset.regions,
-            dataset.values,
-            dataset.ignore,
-        )
+        rules = Rules.of(dataset, args.tolerance)
         summary = read_model_summary(args.pred)
         names = [prediction.name for prediction, _ in found.pairs.values()]
         if mixed := mixed_jobs(args.pred, names):

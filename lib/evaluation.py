@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +40,7 @@ class Rules:
 
     merged_labels: other values that files may have, and the labels they count as. regions: unions of labels that are
     evaluated as one, by name. tolerance_mm: of the surface Dice. values: what stands in the files for each class; none:
-    0, 1, 2, ... ignore: what stands in truths where voxels do not count.
+    0, 1, 2, ... ignore: what stands in truths where voxels do not count. by_index: see `lib.data.geometry.aligned`.
     """
 
     n_classes: int
@@ -49,6 +49,13 @@ class Rules:
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     values: tuple[int, ...] = ()
     ignore: int | None = None
+    by_index: bool = False
+
+    @classmethod
+    def of(cls, dataset: BaseDataset, tolerance_mm: float = TOLERANCE_MM) -> Self:
+        """Those of a data set."""
+        labels = dataset.merged_labels, dataset.regions, dataset.values, dataset.ignore
+        return cls(dataset.n_classes, tolerance_mm, *labels, dataset.preprocessing.by_index)
 
 
 class Pairs(NamedTuple):
@@ -215,7 +222,7 @@ def _read_pair(prediction: Path, truth: Path, rules: Rules) -> tuple[np.ndarray,
     """Both label maps, in the order of the axes of `truth`, and its spacing; what is to be ignored is n_classes."""
     predicted = read_label(prediction, rules.n_classes, rules.merged_labels, rules.values)
     true = read_label(truth, rules.n_classes, rules.merged_labels, rules.values, rules.ignore)
-    return aligned(predicted, true).array, true.array, true.geometry.spacing_mm
+    return aligned(predicted, true, rules.by_index).array, true.array, true.geometry.spacing_mm
 
 
 def _compare(predicted: np.ndarray, true: np.ndarray, spacing_mm: tuple[float, ...], rules: Rules) -> dict[str, list]:

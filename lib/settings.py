@@ -450,8 +450,8 @@ class Settings(Options):
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
         if self.model == "nnunet" and self.loss == "DS_CrossEntropyDiceLoss_Distance":
             raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
-        self._check_patch()
         self._check_data()
+        self._check_patch()
         if self.optim == "sgd" and self.nesterov and self.momentum == 0:
             raise InputError("--nesterov True needs a --momentum above 0")
         if self.epoch_start and not self.model_state:

@@ -77,8 +77,7 @@ def _validate(
         preprocessing=dataset.preprocessing,
     )
     pairs, n_voxels = predict_all(predictor, files, folder / FOLDER, dataset)
-    labels = {"merged_labels": dataset.merged_labels, "values": dataset.values, "ignore": dataset.ignore}
-    rules = Rules(dataset.n_classes, regions=dataset.regions, **labels)
+    rules = Rules.of(dataset)
     n_workers = n_cores() if n_voxels > MANY_VOXELS else 1
     compared = each_pair(validate_pair, pairs, n_workers, rules)
     decision = decide([counts for _, counts in compared.values()], dataset.class_names)

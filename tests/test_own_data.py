@@ -1,7 +1,6 @@
 """Own data from the raw folder to the results, as a user types it."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -100,7 +99,8 @@ def test_a_missing_channel_is_named_before_anything_is_written(trained, tmp_path
 
 
 def test_a_run_goes_on(trained, tmp_path, capfd):
-    text = f"--data {trained.data} --dim 3D {SMALL} --max_flops none --cache_path {trained.folder}/cache --output {tmp_path}"
+    text = f"--data {trained.data} --dim 3D {SMALL} --max_flops none --cache_path {trained.folder}/cache"
+    text += f" --output {tmp_path}"
     assert run(train, f"{text} --epochs 1", capfd).code == 0
     folder = tmp_path / "unnamed" / "Dataset007_Blobs" / "1"
     assert run(train, f"--resume {folder} --epochs 2", capfd).code == 0
@@ -135,7 +135,7 @@ def test_plan_only_prints_the_plan_and_trains_nothing(trained, tmp_path, capfd):
         ("--fold 7x", "is neither the number of a fold nor all"),
         ("--strides 11 22 22 --dim 3D", "--strides"),
         ("--data_path elsewhere", "--data is the folder already"),
-        ("--patch_size 24 24 7 --dim 3D", "--patch_size 24 24 7"),
+        ("--patch_size 12 25 24 --dim 3D --epochs 1", "--patch_size 12 25 24"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(trained, tmp_path, capfd, flags, message):
@@ -170,4 +170,20 @@ def test_axes_of_a_plan_are_those_of_the_volumes():
     plan.dim, plan.spacing, plan.patch_size = "2D", (None, 1, 2), (8, 8)
     dataset = own_data.planned(Settings.of({"data": "phantom"}).dataset, plan, "LPS")
     assert dataset.preprocessing.orientation == "SPL" and dataset.preprocessing.spacing_mm == (1, 2, None)
-    assert Path("x") != dataset.patch_size and dataset.dim == "2D"
+    assert dataset.dim == "2D"
+
+
+def test_labels_that_lie_elsewhere_are_refused_or_accepted_by_a_flag(tmp_path, capfd):
+    data = write_raw(tmp_path / "Dataset009_Moved", n=5)
+    path = data / "labelsTr" / "c00.nii.gz"
+    label = nib.load(path)
+    affine = label.affine.copy()
+    affine[0, 3] += 3
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), affine), path)
+    text = f"--data {data} {SMALL} --dim 3D --epochs 1 --max_flops none"
+    text += f" --cache_path {tmp_path / 'cache'} --output {tmp_path}"
+    ended = run(train, text, capfd)
+    assert ended.code == 2 and "c00" in ended.err and "--allow_mismatch" in ended.err
+    assert run(train, f"{text} --allow_mismatch --fold 0", capfd).code == 0
+    scores = json.loads((tmp_path / "unnamed" / data.name / "1" / "validation.json").read_text())
+    assert scores["after"]["subjects"]

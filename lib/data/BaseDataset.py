@@ -48,6 +48,8 @@ PUBLISHED = {  # settings of a training, as they were published (for ACDC)
     "foreground": 0.0,
 }
 
+NEWER = ("normalizations", "crop", "by_index")  # fields of a preprocessing
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -61,7 +63,8 @@ class Preprocessing:
     are permuted and flipped to come nearest to it; what is predicted goes back onto the file's own grid.
 
     Where `normalizations` are given, one for each channel, nnU-Net's way is taken instead: crop to the voxels that are
-    not 0 (if `crop`), normalize, resample (cubic); and no z-score follows, now or later.
+    not 0 (if `crop`), normalize, resample (cubic); and no z-score follows, now or later. by_index: the files of a case
+    lie on the grid of the first one, whatever their own headers say of origin and directions.
     """
 
     spacing_mm: tuple[float | None, float | None, float | None]
@@ -73,11 +76,12 @@ class Preprocessing:
     orientation: str = "RAS"
     normalizations: tuple[Normalization, ...] = ()
     crop: bool = False
+    by_index: bool = False
 
     def as_dict(self) -> dict:
         """As JSON has it; fields that are newer than the first caches only where they say something."""
         fields = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in fields.items() if value or key not in ("normalizations", "crop")}
+        return {key: value for key, value in fields.items() if value or key not in NEWER}
 
     @classmethod
     def of_dict(cls, fields: dict) -> Self:

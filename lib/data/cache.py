@@ -93,7 +93,7 @@ def store(
     if files.label is not None:
         label = read_truth(files.label)
         _check_unchanged(label, sources["label"])
-        label = in_own_frame(aligned(label, image), preprocessing.orientation, tio.LabelMap)
+        label = in_own_frame(aligned(label, image, preprocessing.by_index), preprocessing.orientation, tio.LabelMap)
     there = standardize(own, preprocessing, label)
     arrays = {"image.npy": there.tensor.numpy()} | ({} if label is None else {"label.npy": there.label.numpy()})
     world = in_order(image.geometry, preprocessing.orientation).affine @ np.linalg.inv(own.affine) @ there.affine

@@ -146,6 +146,7 @@ def _is_preprocessing(value: object) -> bool:
         "orientation": _is_orientation,
         "normalizations": _list_of(_is_normalization, 0, 1000),
         "crop": _is_bool,
+        "by_index": _is_bool,
     }
     return isinstance(value, dict) and set(value) <= set(valid) and all(valid[name](value[name]) for name in value)
 

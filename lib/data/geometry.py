@@ -132,11 +132,14 @@ def in_words(spacing_mm: Iterable[float]) -> str:
 # --- order and directions of the axes ---------------------------------------------------------------------------------
 
 
-def aligned(volume: Volume, to: Volume) -> Volume:
+def aligned(volume: Volume, to: Volume, by_index: bool = False) -> Volume:
     """The volume with its axes in the order and directions of those of `to`, if both lie at one place in the world.
+    by_index: whatever their headers say of that, voxels of one index belong together, where the shapes are the same.
 
     Raises InputError, with the names of both files, if they do not.
     """
+    if by_index and volume.geometry.shape == to.geometry.shape:
+        return replace(volume, geometry=to.geometry)
     relative = np.linalg.inv(to.geometry.directions) @ volume.geometry.directions
     turned = _reoriented(volume, io_orientation(from_matvec(relative)))
     here, there = turned.geometry, to.geometry

@@ -40,7 +40,10 @@ def plan_folder(folder: Path, flags: Mapping[str, object], cache_path: Path) -> 
     given |= {"crop": False} if flags.get("no_crop") else {}
     sizes, memory_gb = (raw.n_labels(dataset), found.n_training), flags.get("gpu_memory") or MEMORY_GB
     plan = planning.plan(found.fingerprint, dataset.channels, *sizes, given=given, memory_gb=memory_gb)
-    return OwnData(replace(planned(dataset, plan, found.orientation), folds=folds), plan, notes)
+    dataset = replace(planned(dataset, plan, found.orientation), folds=folds)
+    if flags.get("allow_mismatch"):
+        dataset = replace(dataset, preprocessing=replace(dataset.preprocessing, by_index=True))
+    return OwnData(dataset, plan, notes)
 
 
 def planned(dataset: BaseDataset, plan: planning.Plan, stored: str) -> BaseDataset:

@@ -1,4 +1,4 @@
-"""nnU-Net's experiment planning: from the fingerprint of a data set to the plan of a training. Without torch.
+"""nnU-Net's experiment planning: from the fingerprint of a data set to the plan of a training. It needs no torch.
 
 Axes are in nnU-Net's order: the last stored axis first, and "transposed": then the axis of the largest voxels first.
 The functions up to `low_resolution` do literally what nnU-Net does; `plan` adds what is our own.
@@ -6,21 +6,25 @@ The functions up to `low_resolution` do literally what nnU-Net does; `plan` adds
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from lib.data.fingerprint import Fingerprint
-from lib.data.normalization import Normalization, scheme_of
+from lib.data.normalization import SCHEMES, Normalization
 from lib.system.error import InputError
 
 Rows = tuple[tuple[int, ...], ...]  # a number per axis for each level
 
 LEVELS_AT_LEAST = 3  # of lib/models/nnUNet.py
+LEVELS_AT_MOST = 10**6  # nnU-Net has no limit
+FMS_INIT = 32
 FAR_COARSER = 3  # an axis whose voxels are more than so many times larger is one of slices
-FEW_SLICES = 6  # an axis with less than this part of the voxels of the others: slices are taken one by one
+FEW_SLICES = 10  # and where the other axes have more than so many times as many voxels, a 2D network does
 MASK_BELOW = 0.75  # z-score over the nonzero voxels where the crop leaves less than this share
 
 
@@ -51,8 +55,9 @@ class Topology:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A network and its batch for one spacing. median: the shape of the median image at this spacing. hold, cover: the
-    batches that the memory holds, and that covers 5% of all voxels."""
+    """A network and its batch for one spacing. median: the shape of the median image at this spacing. estimate: of the
+    feature values of a patch. hold, cover: the batch that the memory holds, and the one that covers 5% of all voxels.
+    shallow: the number of levels before it was raised to the least."""
 
     spacing: tuple[float, ...]
     median: tuple[float, ...]
@@ -61,6 +66,7 @@ class Configuration:
     estimate: int
     hold: int
     cover: int
+    shallow: int
 
     @property
     def batch(self) -> int:
@@ -125,7 +131,7 @@ def topology(
     patch: Sequence[float],
     *,
     least: int = 1,
-    most: int = 10**6,
+    most: int = LEVELS_AT_MOST,
     strides: Rows | None = None,
 ) -> Topology:
     """The levels for a patch. Our own: at least and at most so many (fewer than `least` where no axis has more than
@@ -180,9 +186,9 @@ def configuration(
     *,
     patch: tuple[int, ...] | None = None,
     least: int = 1,
-    most: int = 10**6,
+    most: int = LEVELS_AT_MOST,
     strides: Rows | None = None,
-    fms_init: int = 32,
+    fms_init: int = FMS_INIT,
     fms_max: int | None = None,
 ) -> Configuration:
     """nnU-Net's network for the median image of this shape, transposed; two axes for 2D. voxels: of all training cases.
@@ -204,16 +210,16 @@ def configuration(
     else:
         fine = 1 / np.array(spacing, float)
         axes = len(fine)
-        first = [round(n) for n in (fine * (reference.extent**axes / np.prod(fine)) ** (1 / axes)).tolist()]
+        first = [max(1, round(n)) for n in (fine * (reference.extent**axes / np.prod(fine)) ** (1 / axes)).tolist()]
         net = net_of([min(n, m) for n, m in zip(first, median, strict=True)])
         while estimated(net, widths_of(net), n_labels) / reference.batch * 2 > target:
             axis = _longest(net, median)
             if axis is None:
                 raise InputError(f"--gpu_memory {memory_gb:g}: holds no patch at all; give more")
-            net = net_of(
-                _shortened(net.patch, axis, net_of(_shortened(net.patch, axis, net.divisor[axis])).divisor[axis])
-            )
-    if len(net.strides) < least:
+            smaller = net_of(_shortened(net.patch, axis, net.divisor[axis]))
+            net = net_of(_shortened(net.patch, axis, smaller.divisor[axis]))
+    shallow = len(net.strides)
+    if shallow < least:
         patch = patch or net.patch
         if least == LEVELS_AT_LEAST and max(patch) < 5 and patch is net.patch:  # two halvings leave one voxel
             patch = tuple(8 if n == max(patch) else n for n in patch)
@@ -228,6 +234,7 @@ def configuration(
         estimate,
         round(target / estimate * reference.batch),
         round(voxels * 0.05 / math.prod(net.patch)),
+        shallow,
     )
 
 
@@ -250,7 +257,7 @@ def low_resolution(full: Configuration, n_training: int, n_labels: int, memory_g
         fine = max(spacing) / spacing > 2
         spacing = np.where(fine if fine.any() else True, spacing * 1.03, spacing)
         median = np.array(full.spacing) / spacing * full.median
-        shape = [round(n) for n in median.tolist()]
+        shape = [max(1, round(n)) for n in median.tolist()]
         low = configuration(spacing, shape, float(np.prod(median)) * n_training, n_labels, memory_gb)
         patch = low.topology.patch
     return low if low and np.prod(full.median) / np.prod(median) >= 2 else None
@@ -262,241 +269,335 @@ def plan(
     n_labels: int,
     n_training: int,
     *,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, object] = MappingProxyType({}),
     memory_gb: float = 8.0,
 ) -> Plan:
-    """What to train on images of this fingerprint. n_labels: with background and "ignore".
+    """The plan for channels of these names, so many entries of `labels` in dataset.json, and training cases.
 
-    given: what flags have set: dim, axes, spacing (mm, the last stored axis first; 0: as planned), patch_size, levels,
-    strides, kernels, fms_init, fms_max, batch_size, normalization (a scheme for each channel), crop. What comes later
-    in nnU-Net's order follows from them. Raises InputError where they do not fit one another, or the images.
+    given: what flags set, by their names without "--": "dim", "spacing" (mm by axis, not transposed; 0 or None: as
+    planned), "axes" (transpose_forward), "patch_size", "batch_size", "levels", "strides", "kernels" (a row per level),
+    "fms_init", "fms_max", "normalization" (a scheme per channel), "crop". What follows from these follows. None: not
+    given. Raises InputError where they contradict the data or one another.
     """
-    given = dict(given or {})
-    shapes, spacings = np.array(fingerprint.shapes), np.array(fingerprint.spacings, float)
-    rows = _Rows(given)
-
+    given = {name: value for name, value in given.items() if value is not None}
+    if not 0 < memory_gb < math.inf:
+        raise InputError(f"--gpu_memory {memory_gb:g}: give a number above 0")
+    spacings, shapes = np.array(fingerprint.spacings, float), np.array(fingerprint.shapes)
     planned = target_spacing(spacings, shapes)
-    target = [mm or own for mm, own in zip(given.get("spacing") or (0, 0, 0), planned.tolist(), strict=True)]
-    order = tuple(given.get("axes") or transposition(target))
-    if sorted(order) != [0, 1, 2]:
-        raise InputError(f"--axes {' '.join(map(str, order))}: give 0, 1 and 2 in some order")
-    resampled = np.array([new_shape(n, mm, target) for n, mm in zip(shapes, spacings, strict=True)])[:, list(order)]
-    spacing = tuple(target[axis] for axis in order)
-    median = tuple(np.median(resampled, axis=0).tolist())
-    dim, why = _dim(spacing, median)
-    if given.get("dim") == "3D" and median[0] == 1:
-        raise InputError("--dim 3D: the images are single slices; leave it out, or give --dim 2D")
-    dim = given.get("dim") or dim
-    first = 1 if dim == "2D" else 0
-    rows.add("dim", dim, why)
-    rows.add(
-        "axes", " ".join(map(str, order)), "0 is the last stored axis; the one with the largest voxels comes first"
-    )
-    kept = (None if dim == "2D" else spacing[0], *spacing[1:])
-    rows.add("spacing", _spacing_text(kept), _spacing_reason(spacings[:, list(order)], spacing, dim, planned, order))
-
-    crop = given.get("crop", True)
-    normalizations, lines = _normalizations(fingerprint, channels, given.get("normalization"), crop)
-    for name, text, reason in lines:
-        rows.add("normalization", text, reason, f"channel {name}")
-    share = f"a crop to what is not 0 leaves {fingerprint.relative_size:.0%} of a median image"
-    rows.add("no_crop", "to nonzero" if crop else "none", share, "crop")
-
+    wanted = _wanted(given.get("spacing"))
+    target = np.where(wanted, wanted, planned)
+    transpose, why_order = _order(target, given.get("axes"))
+    order = list(transpose)
+    resampled = [new_shape(shape, old, target) for shape, old in zip(shapes.tolist(), spacings, strict=True)]
+    median, spacing = np.median(resampled, axis=0)[order], target[order]
+    if min(median) < 1:
+        raise InputError(f"--spacing {_row(target)}: leaves no voxel of the median image; give smaller voxels")
+    slices = float(np.median(shapes[:, transpose[0]]))  # as they are, without resampling
+    dim, why_dim = _dim(spacing, median, slices, given)
+    why_spacing = _why_spacing(dim, np.median(spacings, axis=0)[order], planned[order], wanted[order])
+    axes = int(dim[0])
     voxels = float(np.prod(median)) * n_training
-    net = {"least": LEVELS_AT_LEAST, "fms_init": given.get("fms_init") or 32, "fms_max": given.get("fms_max")}
-    if given.get("levels"):
-        net |= {"least": given["levels"], "most": given["levels"]}
-    if given.get("strides"):
-        net |= {"least": 1, "strides": tuple(map(tuple, given["strides"]))}
-    patch = tuple(given["patch_size"]) if given.get("patch_size") else None
-    for key, sizes in (("patch_size", [patch] if patch else []), ("strides", net.get("strides", ()))):
-        if any(len(size) != 3 - first for size in sizes):
-            raise InputError(
-                f"--{key}: a {dim} network needs {3 - first} numbers on each level; mend it, or give --dim"
-            )
-    chosen = configuration(spacing[first:], median[first:], voxels, n_labels, memory_gb, patch=patch, **net)
-    usual = configuration(spacing[first:], median[first:], voxels, n_labels, memory_gb)
-    topo = _checked(chosen.topology, patch, given)
-    kernels = tuple(map(tuple, given["kernels"])) if given.get("kernels") else topo.kernels
-    if [*map(len, kernels)] != [3 - first] * len(topo.strides):
-        raise InputError(f"--kernels: give {3 - first} digits for each of {len(topo.strides)} levels")
-    low = low_resolution(chosen, n_training, n_labels, memory_gb) if dim == "3D" and not patch else None
-    batch = given.get("batch_size") or chosen.batch
+    net = _network(spacing[-axes:], median[-axes:], voxels, n_labels, memory_gb, given)
+    low = low_resolution(net, n_training, n_labels, memory_gb) if dim == "3D" else None
+    normalizations, normalization_rows = _normalizations(fingerprint, channels, given)
 
-    memory = f"{memory_gb:g} GB by nnU-Net's estimate"
-    shape = _sizes(median[first:])
-    rows.add(
-        "patch_size",
-        _sizes(topo.patch),
-        f"the median image is {shape}; what fits {memory}, in multiples of the strides",
-    )
-    raised = len(usual.topology.strides) < LEVELS_AT_LEAST and not (given.get("levels") or given.get("strides"))
-    why = "halve while 8 voxels are left, the finest axes first"
-    if raised:
-        why = f"nnU-Net would take {len(usual.topology.strides)}; this network needs {LEVELS_AT_LEAST}"
-    rows.add("levels", str(len(topo.strides)), why)
-    rows.add(
-        "strides", _words(topo.strides), "step from level to level, by axis; an axis twice as coarse as another waits"
-    )
-    rows.add("kernels", _words(kernels), "1 along an axis whose voxels are still twice as large as the smallest")
-    rows.add(
-        "fms_init",
-        _sizes(chosen.widths, " "),
-        f"filters by level: twice as many on each, {chosen.widths[-1]} at the end",
-        "filters",
-    )
-    why = f"{memory} would hold {chosen.hold}, 5% of all training voxels are {chosen.cover} patches; at least 2"
-    rows.add("batch_size", str(batch), why, "batch")
-    if low:
-        rows.add(
-            "",
-            _sizes(low.topology.patch),
-            f"nnU-Net would train at {_spacing_text(low.spacing)}, too; not done here",
-            "low resolution",
-        )
-    per_volume = max(1, round(float(np.prod(median)) / math.prod(topo.patch)))
-    rows.add(
-        "",
-        str(per_volume),
-        "as many as fit into the median image; each time it is augmented anew",
-        "patches of a volume",
-    )
-    reference = REFERENCES[len(topo.patch)]
-    needed = 8 * chosen.estimate * batch / (reference.values * reference.batch)
-    rows.add("", f"{needed:.1f} GB", "nnU-Net's estimate for this batch on a GPU", "GPU memory")
+    patch, batch = net.topology.patch, given.get("batch_size", net.batch)
+    reference = REFERENCES[axes]
+    memory = 8 * net.estimate / reference.values * batch / reference.batch
+    volume = median if dim == "3D" else [slices, *median[1:]]
+    patches = max(1, round(math.prod(volume) / math.prod(patch)))
+    crop = bool(given.get("crop", True))
+
+    rows = [
+        ("dim", dim, why_dim),
+        ("axis order", _row(transpose), why_order),
+        ("spacing", f"{_size(spacing[-axes:])} mm", why_spacing),
+        *_thick_slices(dim, spacings[:, order], spacing),
+        *normalization_rows,
+        (
+            "crop",
+            "to what is not 0" if crop else "no",
+            "--no_crop" if "crop" in given else f"leaves {fingerprint.relative_size:.0%} of the voxels (median)",
+        ),
+        *_network_rows(net, given, memory_gb),
+        *([_lowres_row(net, low)] if dim == "3D" else []),
+        (
+            "GPU memory",
+            f"about {memory:.1f} GB",
+            f"nnU-Net's estimate, of {net.estimate:,} feature values a patch"
+            + (f"; more than --gpu_memory {memory_gb:g}" if memory > 1.2 * memory_gb else ""),
+        ),
+        ("patches of an epoch", f"{patches} a volume", f"what covers the median volume of {_size(volume)} voxels once"),
+    ]
     return Plan(
         dim=dim,
-        transpose=order,
-        spacing=kept,
-        median_shape=median[first:],
-        patch_size=topo.patch,
+        transpose=transpose,
+        spacing=(None if dim == "2D" else float(spacing[0]), float(spacing[1]), float(spacing[2])),
+        median_shape=net.median,
+        patch_size=patch,
         batch_size=batch,
-        strides=topo.strides,
-        kernels=kernels,
-        fms_init=net["fms_init"],
-        fms_max=net["fms_max"] or reference.fms_max,
-        widths=chosen.widths,
+        strides=net.topology.strides,
+        kernels=net.topology.kernels,
+        fms_init=given.get("fms_init", FMS_INIT),
+        fms_max=given.get("fms_max", reference.fms_max),
+        widths=net.widths,
         normalizations=normalizations,
         crop=crop,
         batch_dice=dim == "2D" or low is not None,
         lowres=low,
-        estimate=chosen.estimate,
-        memory_gb=needed,
-        patches_per_volume=per_volume,
-        reasons=tuple(rows.rows),
+        estimate=net.estimate,
+        memory_gb=memory,
+        patches_per_volume=patches,
+        reasons=tuple(rows),
     )
 
 
-class _Rows:
-    """The rows of the table; one that a flag has set says so."""
+def table(plan: Plan) -> str:
+    """The plan as a table of names, values and reasons, for a terminal of 120 columns."""
+    columns = (20, 40, 54)
+    lines = []
+    for row in (("", "value", "reason"), *plan.reasons):
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, columns, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append(" | ".join(f"{part:<{n}}" for part, n in zip(parts, columns, strict=True)).rstrip())
+    return "\n".join(lines)
 
-    def __init__(self, given: Mapping[str, Any]):
-        self.given, self.rows = given, []
 
-    def add(self, flag: str, value: str, reason: str, name: str = "") -> None:
-        key = "crop" if flag == "no_crop" else flag
-        set_by_flag = self.given.get(key) is not None and not (key == "spacing" and not any(self.given[key]))
-        self.rows.append((name or flag, value, f"--{flag}" if set_by_flag else reason))
+def _wanted(given: Sequence[float | None] | None) -> np.ndarray:
+    """The spacing that is given, 0 where it is not."""
+    wanted = [mm or 0.0 for mm in (given or (0, 0, 0))]
+    if len(wanted) != 3 or not all(0 <= mm < math.inf for mm in wanted):
+        raise InputError(f"--spacing {_row(given)}: give mm along three axes (z, y, x), 0 for an axis as planned")
+    return np.array(wanted)
 
 
-def _dim(spacing: Sequence[float], median: Sequence[float]) -> tuple[str, str]:
-    """2D or 3D, and why."""
+def _why_spacing(dim: str, median: np.ndarray, planned: np.ndarray, wanted: np.ndarray) -> str:
+    """Why the network's axes have the spacing that is `wanted`, or else `planned`; all of them transposed."""
+    median, planned, wanted = (spacing[-int(dim[0]) :] for spacing in (median, planned, wanted))
+    why, thick = "the median", planned != median
+    if thick.any():
+        others = max(median[~thick])
+        why += f"; one axis is {max(median) / others:.1f} times coarser, so there the 10th percentile"
+        why += ", but no finer than the others" if planned[thick][0] == others + 1e-5 else ""
+    if all(wanted):
+        why = "--spacing"
+    elif any(wanted):
+        why = f"--spacing, where it is not 0; else {why}"
+    return why + ("; slices stay as thick as they are" if dim == "2D" else "")
+
+
+def _order(target: np.ndarray, given: Sequence[int] | None) -> tuple[tuple[int, int, int], str]:
+    """The order of axes, and why."""
+    if given is not None:
+        if sorted(given) != [0, 1, 2]:
+            raise InputError(f"--axes {_row(given)}: give each of 0, 1 and 2 once, such as 0 1 2")
+        return tuple(given), "--axes; axes count from the last stored one"
+    order = transposition(target)
+    moved = "the coarsest axis first" if order[0] else "the coarsest axis is first already"
+    return order, f"{moved}; axes count from the last stored one" if len(set(target)) > 1 else "all axes are alike"
+
+
+def _dim(spacing: np.ndarray, median: np.ndarray, slices: float, given: Mapping) -> tuple[str, str]:
+    """ "2D" or "3D", and why."""
+    numbers = {"dim": int(given["dim"][0])} if "dim" in given else {}
+    numbers |= {name: len(given[name]) for name in ("patch_size",) if name in given}
+    numbers |= {name: len(given[name][0]) for name in ("strides", "kernels") if given.get(name)}
+    for name, axes in numbers.items():
+        first = next(iter(numbers))
+        if axes not in REFERENCES or axes != numbers[first]:
+            other = f" as --{first} has" if first != name else ""
+            raise InputError(f"--{name}: has {axes} axes; give 2 (2D) or 3 (3D){other}")
     if median[0] == 1:
-        return "2D", "the images are single slices"
-    ratio = spacing[0] / min(spacing[1:])
-    if spacing[0] > FAR_COARSER * max(spacing[1:]) and FEW_SLICES * median[0] < min(median[1:]):
+        if any(axes == 3 for axes in numbers.values()):
+            raise InputError(f"--{next(iter(numbers))}: the images have one slice, so there is no 3D network; give 2D")
+        return "2D", "the images have one slice"
+    if numbers:
+        return f"{next(iter(numbers.values()))}D", f"--{next(iter(numbers))}"
+    coarser, in_plane = spacing[0] / max(spacing[1:]), min(median[1:])
+    if coarser > FAR_COARSER and in_plane > FEW_SLICES * slices:
         return "2D", (
-            f"voxels are {ratio:.1f} times as long along axis 0, of {median[0]:g} slices: neighbours tell little, "
-            "and a 2D network is far cheaper; --dim 3D is the other one"
+            f"voxels are {coarser:.1f} times as long across the slices, and there are few: {slices:g}, of {in_plane:g} "
+            "voxels a side or more; a 2D network costs far less there"
         )
-    if ratio > FAR_COARSER:
-        return (
-            "3D",
-            f"voxels are {ratio:.1f} times as long along axis 0, but it has {median[0]:g} slices; --dim 2D is cheaper",
-        )
-    return "3D", "the voxels are about as long as wide; --dim 2D is cheaper"
+    if coarser > FAR_COARSER:
+        return "3D", f"there are {slices:g} slices, not less than a tenth of the voxels along the other axes"
+    return "3D", f"no axis is more than {FAR_COARSER} times coarser than the others"
 
 
-def _spacing_reason(
-    spacings: np.ndarray, spacing: Sequence[float], dim: str, planned: np.ndarray, order: Sequence[int]
-) -> str:
-    """spacings: of the cases, transposed as `spacing`; planned: the target by stored axis."""
-    if dim == "2D":
-        return "mm, the median; slices stay where they are"
-    median = np.median(spacings, axis=0)
-    if median[0] != planned[order[0]]:
-        ratio = median[0] / max(spacing[1:])
-        return (
-            f"mm, the median; axis 0 is {ratio:.1f} times coarser ({median[0]:g} mm), so the 10th percentile there; "
-            "thick slices are made of their nearest neighbours, --spacing sets another"
+def _network(
+    spacing: np.ndarray, median: np.ndarray, voxels: float, n_labels: int, memory_gb: float, given: Mapping
+) -> Configuration:
+    """nnU-Net's network, of three levels at least, with what is given. Raises InputError where that does not fit."""
+    patch, strides, kernels, levels = (given.get(name) for name in ("patch_size", "strides", "kernels", "levels"))
+    axes = len(spacing)
+    patch = patch and tuple(patch)
+    if patch and min(patch) < 1:
+        raise InputError(f"--patch_size {_row(patch)}: give whole numbers above 0")
+    strides, kernels = (rows and tuple(map(tuple, rows)) for rows in (strides, kernels))
+    if levels is not None and levels < LEVELS_AT_LEAST:
+        raise InputError(f"--levels {levels}: give at least {LEVELS_AT_LEAST}")
+    if strides and levels not in (None, len(strides)):
+        raise InputError(f"--strides: {len(strides)} rows for --levels {levels}; give one row for each level")
+    if strides and len(strides) < LEVELS_AT_LEAST:
+        raise InputError(f"--strides: {len(strides)} rows; give one for each of at least {LEVELS_AT_LEAST} levels")
+    for name, rows in (("strides", strides), ("kernels", kernels)):
+        if rows and not all(len(row) == axes and min(row) >= 1 for row in rows):
+            raise InputError(f"--{name}: give {axes} whole numbers above 0 for each level")
+    if strides and max(strides[0]) > 1:
+        raise InputError(
+            f"--strides: starts with {_row(strides[0])}; the first level has the size of the patch: give 1s"
         )
-    return "mm, the median"
+    if kernels and any(n % 2 == 0 for row in kernels for n in row):
+        raise InputError("--kernels: give odd numbers, such as 1 or 3")
+
+    def fitted(patch: tuple[int, ...] | None) -> Configuration:
+        return configuration(
+            spacing,
+            median,
+            voxels,
+            n_labels,
+            memory_gb,
+            patch=patch,
+            least=1 if strides else levels or LEVELS_AT_LEAST,
+            most=levels or LEVELS_AT_MOST,
+            strides=strides,
+            fms_init=given.get("fms_init", FMS_INIT),
+            fms_max=given.get("fms_max"),
+        )
+
+    full = fitted(patch)
+    net = full.topology
+    if patch and len(net.strides) < LEVELS_AT_LEAST:
+        raise InputError(f"--patch_size {_row(patch)}: too small for {LEVELS_AT_LEAST} levels; give 8 along an axis")
+    if levels and len(net.strides) < levels:
+        room = max(LEVELS_AT_LEAST, len(net.strides))
+        raise InputError(
+            f"--levels {levels}: a patch of {_size(net.patch)} voxels has room for {room}; give at most as many, or a "
+            "larger --patch_size"
+        )
+    if patch and patch != net.patch:
+        sizes = [size for size in (_below(patch, fitted), _above(net.patch, fitted)) if size]
+        raise InputError(
+            f"--patch_size {_row(patch)}: no multiple of {_row(net.divisor)}, which the levels divide it by; give "
+            + " or ".join(map(_row, sizes))
+        )
+    if net.patch == net.divisor:
+        raise InputError("--strides: leave one voxel of the patch at the deepest level; give smaller ones")
+    if kernels and len(kernels) != len(net.strides):
+        raise InputError(f"--kernels: {len(kernels)} rows for {len(net.strides)} levels; give one row for each level")
+    return replace(full, topology=replace(net, kernels=kernels)) if kernels else full
+
+
+def _above(patch: tuple[int, ...], fitted: Callable[[tuple[int, ...]], Configuration]) -> tuple[int, ...]:
+    """The smallest patch from here on that stays as it is: a padded one may have room for more levels."""
+    while (padded := fitted(patch).topology.patch) != patch:
+        patch = padded
+    return patch
+
+
+def _below(patch: tuple[int, ...], fitted: Callable[[tuple[int, ...]], Configuration]) -> tuple[int, ...] | None:
+    """The next smaller patch that needs no padding, if there is one."""
+    while min(patch) > 0:
+        net = fitted(patch).topology
+        if net.patch == patch:
+            return patch if len(net.strides) >= LEVELS_AT_LEAST else None
+        patch = tuple(n // d * d for n, d in zip(patch, net.divisor, strict=True))
+    return None
 
 
 def _normalizations(
-    fingerprint: Fingerprint, channels: Sequence[str], given: Sequence[str] | None, crop: bool
+    fingerprint: Fingerprint, channels: Sequence[str], given: Mapping
 ) -> tuple[tuple[Normalization, ...], list[tuple[str, str, str]]]:
-    """By channel, and (channel, value, reason) for the table. Raises InputError."""
-    if given and len(given) not in (1, len(channels)):
-        raise InputError(f"--normalization: give one scheme, or one for each of {len(channels)} channels")
-    schemes = [*given] * (len(channels) // len(given)) if given else [*map(scheme_of, channels)]
-    masked = crop and fingerprint.relative_size < MASK_BELOW
-    found, lines = [], []
-    for channel, scheme, numbers in zip(channels, schemes, fingerprint.intensities, strict=True):
-        reason = f'by its name, "{channel}"'
+    """For each channel its normalization, and its line of the table."""
+    schemes = given.get("normalization")
+    if schemes is not None and (len(schemes) != len(channels) or not set(schemes) <= set(SCHEMES)):
+        raise InputError(
+            f"--normalization {_row(schemes)}: give one of {', '.join(SCHEMES)} for each of {len(channels)} channels"
+        )
+    crop, share = given.get("crop", True), fingerprint.relative_size
+    found, rows = [], []
+    for i, channel in enumerate(channels):
+        named = channel.casefold() in SCHEMES
+        scheme = schemes[i] if schemes else channel.casefold() if named else "zscore"
+        why = "--normalization" if schemes else "the channel's name" if named else "as for any channel of another name"
+        shown = f"{channel}: {scheme}"
+        one = Normalization(scheme)
         if scheme == "ct":
-            keys = {"low": "percentile_00_5", "high": "percentile_99_5", "mean": "mean", "std": "std"}
-            one = Normalization(scheme, **{key: float(numbers[name]) for key, name in keys.items()})
-            text = f"ct: [{one.low:g}, {one.high:g}] - {one.mean:g}, / {one.std:g}"
-            reason += "; percentiles 0.5 and 99.5, mean and deviation of the training foreground"
-        else:
-            one = Normalization(scheme, masked=masked and scheme == "zscore")
-            text = scheme + " of what is not 0" * one.masked
+            numbers = fingerprint.intensities[i]
+            low, high, mean, std = (numbers[key] for key in ("percentile_00_5", "percentile_99_5", "mean", "std"))
+            one = Normalization(scheme, low=low, high=high, mean=mean, std=std)
+            shown += f", clip to [{low:.5g}, {high:.5g}], (x - {mean:.5g}) / {std:.5g}"
+            why += "; percentiles 0.5 and 99.5, mean and standard deviation of the foreground"
+        elif scheme == "zscore":
+            one = Normalization(scheme, masked=bool(crop and share < MASK_BELOW))
+            shown += " of voxels that are not 0" if one.masked else ""
             if one.masked:
-                reason += f"; the crop leaves {fingerprint.relative_size:.0%}, less than {MASK_BELOW:.0%}"
+                why += f"; not over the background, as the crop leaves less than {MASK_BELOW:.0%}"
         found.append(one)
-        lines.append((channel, text, reason))
-    return tuple(found), lines
+        rows.append(("normalization", shown, why))
+    return tuple(found), rows
 
 
-def _checked(found: Topology, patch: tuple[int, ...] | None, given: Mapping[str, Any]) -> Topology:
-    """Raise InputError unless the network has the levels and the patch that were asked for."""
-    if given.get("strides") and given.get("levels") not in (None, len(given["strides"])):
-        raise InputError(f"--levels {given['levels']}: --strides has {len(given['strides'])}; leave one of them out")
-    if not given.get("strides") and given.get("levels") not in (None, len(found.strides)):
-        raise InputError(
-            f"--levels {given['levels']}: a patch of {_sizes(found.patch)} can be halved to {len(found.strides)} "
-            "levels; give that, or a larger --patch_size"
+def _thick_slices(dim: str, spacings: np.ndarray, target: np.ndarray) -> list[tuple[str, str, str]]:
+    """A line for the table where slices far apart are resampled; spacings and target are transposed."""
+    far = spacings[:, 0] > FAR_COARSER * np.max(spacings[:, 1:], axis=1)
+    far &= ~np.isclose(spacings[:, 0], target[0], rtol=1e-3)
+    if dim == "2D" or not far.any():
+        return []
+    apart = np.median(spacings[far, 0])
+    why = f"in {far.sum()} of {len(far)} cases each is taken from the nearest one, so some come twice or not at all"
+    return [("thick slices", f"{apart:.6g} mm apart become {target[0]:.6g} mm", f"{why}; --spacing sets another size")]
+
+
+def _network_rows(net: Configuration, given: Mapping, memory_gb: float) -> list[tuple[str, str, str]]:
+    """The lines of the table from the patch to the batch. A line that a flag has set says so."""
+    shape, levels, divisor = net.topology.patch, len(net.topology.strides), _size(net.topology.divisor)
+    if all(n >= m for n, m in zip(shape, net.median, strict=True)):
+        why_patch = f"the median shape of {_size(net.median)}, padded to a multiple of {divisor}"
+    else:
+        why_patch = (
+            f"what --gpu_memory {memory_gb:g} holds of the median shape of {_size(net.median)}: a multiple of "
+            f"{divisor}, about as long in mm along each axis"
         )
-    if patch and found.patch != patch:
-        raise InputError(
-            f"--patch_size {_sizes(patch, ' ')}: must be a multiple of {_sizes(found.divisor)} with "
-            f"{len(found.strides)} levels; {_sizes(found.patch, ' ')} is"
-        )
-    return found
+    why_levels = "the patch is halved as long as 4 voxels are left"
+    if net.shallow < levels:
+        why_levels = f"nnU-Net's plan has {net.shallow}, this network needs {levels}; the patch is padded for them"
+    why_strides = "2 along the axes that are less than twice as coarse as the finest, while they are long enough"
+    why_kernels = "3, once an axis is less than twice as coarse as the finest"
+    why_widths = f"{net.widths[0]}, twice as many with each level, at most {REFERENCES[len(net.spacing)].fms_max}"
+    why_batch = f"of {net.hold} that --gpu_memory {memory_gb:g} holds and {net.cover} that cover 5% of all voxels the "
+    why_batch += "fewer" if min(net.hold, net.cover) >= 2 else "fewer, but at least 2"
+    batch = given.get("batch_size", net.batch)
+
+    def why(reason: str, *names: str) -> str:
+        return " and ".join(f"--{name}" for name in names if name in given) or reason
+
+    return [
+        ("patch", f"{_size(shape)} voxels", why(why_patch, "patch_size")),
+        ("levels", str(levels), why(why_levels, "levels", "strides")),
+        ("strides", _rows(net.topology.strides), why(why_strides, "strides")),
+        ("kernels", _rows(net.topology.kernels), why(why_kernels, "kernels")),
+        ("widths", _row(net.widths), why(why_widths, "fms_init", "fms_max")),
+        ("batch", f"{batch} patches", why(why_batch, "batch_size")),
+    ]
 
 
-def _sizes(numbers: Sequence[float], by: str = " x ") -> str:
-    return by.join(f"{n:g}" for n in numbers)
+def _lowres_row(net: Configuration, low: Configuration | None) -> tuple[str, str, str]:
+    """The line of the table on nnU-Net's second 3D network."""
+    share = f"a patch sees {min(1, math.prod(net.topology.patch) / math.prod(net.median)):.0%} of the median volume"
+    if low is None:
+        return "low resolution", "none", share
+    size, mm = _size(low.topology.patch), _size(low.spacing)
+    return "low resolution", "not used here", f"{share}, so nnU-Net also trains with voxels of {mm} mm, patch {size}"
 
 
-def _spacing_text(spacing: Sequence[float | None]) -> str:
-    return " x ".join("-" if mm is None else f"{mm:.5g}" for mm in spacing) + " mm"
+def _row(numbers: Iterable) -> str:
+    return " ".join(f"{n:g}" if isinstance(n, int | float) else str(n) for n in numbers)
 
 
-def _words(rows: Rows) -> str:
+def _rows(rows: Rows) -> str:
     return " ".join("".join(map(str, row)) for row in rows)
 
 
-def table(plan: Plan, width: int = 120) -> str:
-    """The plan, a line for each decision and its reason, for a screen of `width` columns."""
-    names, values = (max(len(row[i]) for row in plan.reasons) for i in (0, 1))
-    values = min(values, 40)
-    lines = []
-    for name, value, reason in plan.reasons:
-        right = textwrap.wrap(reason, width - names - values - 6) or [""]
-        middle = textwrap.wrap(value, values) or [""]
-        for i in range(max(len(right), len(middle))):
-            cells = [name if i == 0 else "", *(column[i] if i < len(column) else "" for column in (middle, right))]
-            lines.append(f"{cells[0]:<{names}} | {cells[1]:<{values}} | {cells[2]}".rstrip())
-    return "\n".join(lines)
+def _size(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{n:.6g}" for n in numbers)

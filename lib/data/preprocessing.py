@@ -63,7 +63,7 @@ def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) ->
     for path in others:
         channels = read(path)
         n_bytes, sums = n_bytes + channels[0].n_bytes, [*sums, channels[0].sha256]
-        volumes += [aligned(channel, first) for channel in channels]
+        volumes += [aligned(channel, first, preprocessing.by_index) for channel in channels]
     _check_channels(volumes, preprocessing)
     first = replace(first, n_bytes=n_bytes, sha256=joint_digest(sums))
     images = [in_own_frame(volumes.pop(0), preprocessing.orientation, tio.ScalarImage) for _ in range(len(volumes))]

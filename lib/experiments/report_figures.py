@@ -243,7 +243,7 @@ def draw_validation(run: Run, data_path: str | None) -> Figure:
         path = run.folder / "validation" / f"{subject}{dataset.file_ending}"
         predicted = aligned(images.read_label(path, n_classes, values=dataset.values), image)
         truth = images.read_label(file.label, n_classes, dataset.merged_labels, dataset.values, dataset.ignore)
-        truth = aligned(truth, image)
+        truth = aligned(truth, image, dataset.preprocessing.by_index)
         predicted = replace(predicted, array=postprocessing.apply(predicted.array, run.validation["steps"]))
         k, aspect, planes = largest_slice(image, truth, predicted, n_classes)
         draw_maps(pair, *planes, n_classes, aspect=aspect)
