@@ -13,6 +13,7 @@ from lib.system.device import device_of
 from lib.trainer import trial_step
 
 ROUNDS, ENOUGH_S = 3, 5.0
+FEW = 2  # patches in a batch
 LONG_S = 3600.0  # a training for which a smaller network is worth a thought
 FEWEST = 8  # filters of the first level of that network
 
@@ -51,10 +52,13 @@ def forecast(
 
 def _measured(
     model: nnUNet, criterion: nn.Module, batch_size: int, patch_size: tuple[int, ...], amp: bool
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """The seconds of a training step, the median after a first one that warms up, unless that took too long already;
-    and the bytes of memory that it needs."""
-    step, device = trial_step(model, criterion, batch_size, patch_size), device_of(model)
+    and the bytes of memory that it needs. On the CPU a large batch is not computed whole: its patches take as long as
+    those of a small one, and as much memory, each."""
+    device = device_of(model)
+    n_timed = min(batch_size, FEW) if device.type == "cpu" else batch_size
+    step, times_more = trial_step(model, criterion, n_timed, patch_size), batch_size / n_timed
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -67,8 +71,8 @@ def _measured(
     if device.type == "cuda":
         n_bytes = torch.cuda.max_memory_allocated(device) + 4 * n_parameters
     else:  # the largest maps have a gradient and one on the way
-        n_bytes = sum(kept.values()) + 2 * max(kept.values()) + 16 * n_parameters
-    return median(times[1:] or times), n_bytes
+        n_bytes = times_more * (sum(kept.values()) + 2 * max(kept.values())) + 16 * n_parameters
+    return times_more * median(times[1:] or times), n_bytes
 
 
 def _timed(step: Callable[[bool], None], amp: bool, device: torch.device) -> float:
