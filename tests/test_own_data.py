@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from raw_data import write_raw
+from raw_data import ACDC, write_acdc, write_raw
 
 import evaluate
 import predict
@@ -187,3 +187,19 @@ def test_labels_that_lie_elsewhere_are_refused_or_accepted_by_a_flag(tmp_path, c
     assert run(train, f"{text} --allow_mismatch --fold 0", capfd).code == 0
     scores = json.loads((tmp_path / "unnamed" / data.name / "1" / "validation.json").read_text())
     assert scores["after"]["subjects"]
+
+
+@pytest.mark.skipif(not ACDC.is_dir(), reason="needs the shared ACDC patients")
+def test_real_acdc_in_this_format(tmp_path, capfd):
+    data = write_acdc(tmp_path, 5)  # five patients, two frames each; a fold each
+    text = f"--data {data} --fms_init 4 --batch_size 2 --steps 2 --epochs 1 --patch_size 64 64 --levels 4"
+    text += f" --num_workers 0 --output {tmp_path / 'runs'} --cache_path {tmp_path / 'cache'}"
+    ended = run(train, text, capfd)
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "runs" / "unnamed" / data.name / "1"
+    settings, _ = Settings.read(folder)
+    assert settings.dim == "2D" and settings.dataset.preprocessing.spacing_mm == (1.5625, 1.5625, None)
+    subjects = json.loads((folder / "subjects.json").read_text())
+    patients = [{id_.split("_")[0] for id_ in subjects[part]} for part in ("train", "validation")]
+    assert len(patients[0]) == 4 and len(patients[1]) == 1 and not patients[0] & patients[1]
+    assert set(json.loads((folder / "validation.json").read_text())["after"]["subjects"]) == set(subjects["validation"])
