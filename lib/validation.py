@@ -6,6 +6,7 @@ RUN/validation/ gets the predictions, before any post-processing; RUN/validation
 before and after it; RUN/postprocessing.json what predict.py is to do.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from lib.system.files import file_digest, locked, sweep, write_json
 from lib.system.log import Log
 from lib.system.process import Stopped, check_stopped, keep_freed_memory, n_cores
 
+FEW_VOXELS = 2**16  # in a batch
 FOLDER = "validation"  # of the predictions
 NAME = "validation.json"
 MANY_VOXELS = 2 * 10**7  # in all volumes: so many are compared by several processes, which take seconds to start
@@ -73,7 +75,8 @@ def _validate(
     predictor = Predictor(
         load_model(model, device),
         settings.patch_size,
-        batch_size=settings.batch_size,  # a training step with as many patches needs far more memory
+        # a training step with as many patches needs far more memory; small ones are not worth a call each
+        batch_size=max(settings.batch_size, FEW_VOXELS // math.prod(settings.patch_size)),
         preprocessing=dataset.preprocessing,
     )
     pairs, n_voxels = predict_all(predictor, files, folder / FOLDER, dataset)
