@@ -11,7 +11,7 @@ from raw_data import ACDC, write_acdc, write_raw
 import evaluate
 import predict
 import train
-from lib.data import own_data
+from lib.data import images, own_data
 from lib.settings import Settings
 
 SMALL = "--fms_init 6 --batch_size 2 --steps 8 --lr 0.01 --num_workers 0 --seed_train 1"
@@ -203,3 +203,37 @@ def test_real_acdc_in_this_format(tmp_path, capfd):
     patients = [{id_.split("_")[0] for id_ in subjects[part]} for part in ("train", "validation")]
     assert len(patients[0]) == 4 and len(patients[1]) == 1 and not patients[0] & patients[1]
     assert set(json.loads((folder / "validation.json").read_text())["after"]["subjects"]) == set(subjects["validation"])
+
+
+def test_pictures_are_slices(tmp_path, capfd):
+    data = write_raw(tmp_path / "Dataset010_Pictures", n=6, shape=(40, 48), ending=".png", channels=1, tests=1)
+    text = f"--data {data} --fms_init 4 --batch_size 2 --steps 4 --epochs 1 --max_flops none --num_workers 0"
+    ended = run(train, f"{text} --cache_path {tmp_path / 'cache'} --output {tmp_path / 'runs'}", capfd)
+    assert ended.code == 0, ended.err
+    model = tmp_path / "runs" / "unnamed" / data.name / "1" / "models" / "model-1"
+    assert Settings.read(model.parent.parent)[0].dim == "2D"
+    ended = run(predict, f"--model_state {model} --output {tmp_path / 'out'}", capfd)
+    assert ended.code == 0, ended.err
+    labels = images.read(tmp_path / "out" / "t00.png").array
+    assert labels.shape[:2] == (40, 48) and set(np.unique(labels)) <= {0, 1, 4}
+
+
+def test_ignored_voxels_and_a_turned_case(tmp_path, capfd):
+    """A case that is stored in another orientation is named, and comes back onto its own grid."""
+    data = write_raw(tmp_path / "Dataset011_Turned", n=6, ignore=5, empty=False)
+    for path in data.glob("*Tr/c00*.nii.gz"):
+        image = nib.load(path)
+        turned = image.as_reoriented(nib.orientations.axcodes2ornt(("P", "R", "S")))
+        nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), path)
+    text = f"--data {data} {SMALL} --dim 3D --epochs 1 --max_flops none --cache_path {tmp_path / 'cache'}"
+    ended = run(train, f"{text} --output {tmp_path / 'runs'}", capfd)
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "runs" / "unnamed" / data.name / "1"
+    assert "c00" in (folder / "log.txt").read_text() and Settings.read(folder)[0].dataset.ignore == 5
+    model, out = folder / "models" / "model-1", tmp_path / "out"
+    assert run(predict, f"--model_state {model} --input {data / 'imagesTr'} --output {out}", capfd).code == 0
+    for id_ in ("c00", "c01"):
+        image, labels = nib.load(data / "imagesTr" / f"{id_}_0000.nii.gz"), nib.load(out / f"{id_}.nii.gz")
+        assert labels.shape == image.shape
+        np.testing.assert_array_equal(labels.affine, image.affine)
+        assert set(np.unique(labels.dataobj)) <= {0, 1, 4}
