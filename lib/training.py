@@ -1,6 +1,7 @@
 """From the arguments of train.py to a trained run folder."""
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Task:
     resumes: bool
     history: Path | None  # a run of the published code
     accepts_changes: bool
-    notes: list[str]  # about own data: the plan, and what the checks found
+    notes: Sequence[str] = ()  # about own data: the plan, and what the checks found
 
 
 def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
@@ -56,7 +57,7 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
     held.enter_context(distributed.process_group())
     args = distributed.together(parseArguments, argv)
     own = distributed.broadcast_from_main(distributed.together(plan_own_data, args))
-    task = distributed.together(read_task, args, own, held)
+    task = distributed.together(read_task, args, held, own)
     distributed.check_same("the settings", task.settings.of_all_ranks())
     if args.plan_only:
         show_plan(task)
@@ -125,7 +126,7 @@ def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) 
     return forecast(*what, smaller, settings.precision == "bfloat16")
 
 
-def read_task(args: argparse.Namespace, own: dict | None, held: ExitStack) -> Task:
+def read_task(args: argparse.Namespace, held: ExitStack, own: dict | None = None) -> Task:
     """What the arguments ask for; `own`: see `plan_own_data`. Raises InputError where that makes no sense, or the run
     is in use or damaged."""
     run, settings, earlier = settings_of(args, definition=own and own["definition"])

@@ -12,6 +12,7 @@ from lib.models import Sauron, load_model
 from lib.settings import Settings
 from lib.system.error import InputError
 from lib.training import Task, beginning, choose_precision, introduction, read_task, train
+from lib.utils import parseArguments
 
 SMALL = ["--data", "phantom", "--fms_init", "2", "--levels", "3", "--patch_size", "16", "16", "--device", "cpu"]
 
@@ -52,12 +53,12 @@ def test_a_training_ends_with_its_state_and_goes_on_to_the_same_bits(place):
 
 def test_a_finished_run_needs_more_epochs(place):
     with ExitStack() as held, pytest.raises(InputError, match="--epochs 2: epoch 2 is finished"):
-        read_task(["--resume", str(place / "runs" / "unnamed" / "phantom" / "1")], held)
+        read_task(parseArguments(["--resume", str(place / "runs" / "unnamed" / "phantom" / "1")]), held)
 
 
 def test_a_new_task(place):
     with ExitStack() as held:
-        new = read_task(argv(place, "--epochs", "3"), held)
+        new = read_task(parseArguments(argv(place, "--epochs", "3")), held)
     assert (new.run, new.epoch, new.source, new.progress, new.history) == (None, 0, None, None, None)
     assert new.settings.epochs == 3 and not new.resumes and not new.accepts_changes
 
