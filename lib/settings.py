@@ -36,6 +36,8 @@ def data_argument(text: str) -> str:
             return str(raw.raw_folder(text))
         except InputError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
+    if "/" in text:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder; give one with dataset.json, or a name")
     return one_of(DATASETS)["type"](text)
 
 

@@ -151,6 +151,16 @@ def test_flags_of_own_data_are_refused_for_known_ones(tmp_path, capfd):
     assert ended.code == 2 and "--dim 3D: phantom is 2D" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("no/such", "no/such: there is no such folder"), (".", "has no dataset.json"), ("acd", "did you mean acdc?")],
+)
+def test_what_is_no_data_set_is_told(tmp_path, monkeypatch, capfd, data, message):
+    monkeypatch.chdir(tmp_path)
+    ended = run(train, f"--data {data}", capfd)
+    assert ended.code == 2 and message in ended.err
+
+
 def test_all_problems_are_listed_at_once(tmp_path, capfd):
     data = write_raw(tmp_path / "Dataset008_Bad", n=5)
     (data / "imagesTr" / "c01_0001.nii.gz").unlink()
