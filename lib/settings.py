@@ -79,8 +79,6 @@ def _default_of(dataset: BaseDataset, name: str) -> object:
     return getattr(dataset, name) if name in ("patch_size", "dim") else dataset.defaults[name]
 
 
-PLANNED = ("dim", "axes", "spacing", "normalization", "no_crop", "gpu_memory")  # what a plan is made from, and what it
-PLANNED += ("patch_size", "levels", "strides", "kernels", "fms_init", "fms_max", "batch_size")  # chooses
 OWN = ("axes", "spacing", "normalization", "no_crop", "gpu_memory", "fold", "allow_mismatch")  # for own data alone
 SWITCH = {"action": "store_true"}
 positive, maps, seed, fraction = (

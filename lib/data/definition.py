@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lib.data.BaseDataset import PUBLISHED, BaseDataset, Preprocessing
+from lib.data.images import SUFFIXES
 from lib.data.normalization import SCHEMES
 from lib.data.raw import (
-    ENDINGS,
     LARGEST_VALUE,
     NUMBERED,
     PLAIN,
@@ -165,5 +165,5 @@ VALID = {
     "preprocessing": _is_preprocessing,
     "merged_labels": _is_merged,
     "naming": lambda value: value in (NUMBERED, PLAIN, TABLE),
-    "file_ending": lambda value: value in ENDINGS,
+    "file_ending": lambda value: value in SUFFIXES,
 }

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
+from lib.data.images import SUFFIXES
 from lib.data.raw import (
-    ENDINGS,
     IMAGES,
     LABELS,
     PLAIN,
@@ -134,7 +134,7 @@ def _unmatched(folder: Path, layout: Layout, cases: list[SubjectFiles], labels: 
 def _doubles(place: str, scan: Scan, layout: Layout) -> list[str]:
     """A line for each file that is there once more with another ending."""
     found = {path.name for files in scan.found.values() for path in files.values()}
-    ends = {name: next((end for end in ENDINGS if name.endswith(end)), None) for name in scan.others}
+    ends = {name: next((end for end in SUFFIXES if name.endswith(end)), None) for name in scan.others}
     twins = {name: name.removesuffix(end) + layout.file_ending for name, end in ends.items() if end}
     return [
         f"{place}: both {twin} and {name} are there; take away the one that is not meant"

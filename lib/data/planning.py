@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data.fingerprint import Fingerprint
-from lib.data.normalization import SCHEMES, Normalization
+from lib.data.normalization import SCHEMES, Normalization, scheme_of
 from lib.system.error import InputError
 
 Rows = tuple[tuple[int, ...], ...]  # a number per axis for each level
@@ -518,7 +518,7 @@ def _normalizations(
     found, rows = [], []
     for i, channel in enumerate(channels):
         named = channel.casefold() in SCHEMES
-        scheme = schemes[i] if schemes else channel.casefold() if named else "zscore"
+        scheme = schemes[i] if schemes else scheme_of(channel)
         why = "--normalization" if schemes else "the channel's name" if named else "as for any channel of another name"
         shown = f"{channel}: {scheme}"
         one = Normalization(scheme)

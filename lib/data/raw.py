@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
+from lib.data.images import SUFFIXES
 from lib.system.error import InputError
 from lib.system.files import read_json
 
-ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 IMAGES, LABELS, TESTS = "imagesTr", "labelsTr", "imagesTs"
 NUMBERED, PLAIN, TABLE = "numbered", "plain", "table"
 LARGEST_VALUE = 2**16 - 1  # of a label
@@ -204,15 +204,15 @@ def _layout(fields: dict, folder: Path) -> Layout:
     """How the files are named, by dataset.json and by what is there. Raises ValueError."""
     is_old = "channel_names" not in fields and "file_ending" not in fields
     names = names_in(folder / IMAGES)[0]
-    by_there = next((end for end in ENDINGS if any(name.endswith(end) for name in names)), ENDINGS[0])
+    by_there = next((end for end in SUFFIXES if any(name.endswith(end) for name in names)), SUFFIXES[0])
     if is_old:
         ending = by_there if by_there == ".nii" else ".nii.gz"
     else:
         ending = fields.get("file_ending")
         check("file_ending" in fields, f'has no "file_ending"; add "file_ending": "{by_there}"')
-        if isinstance(ending, str) and f".{ending}" in ENDINGS:
+        if isinstance(ending, str) and f".{ending}" in SUFFIXES:
             raise ValueError(f'"file_ending" lacks its dot; write "file_ending": ".{ending}"')
-        check(ending in ENDINGS, f'"file_ending" is {ending!r:.80}; what can be read is {" ".join(ENDINGS)}')
+        check(ending in SUFFIXES, f'"file_ending" is {ending!r:.80}; what can be read is {" ".join(SUFFIXES)}')
     if "dataset" in fields:
         _table(fields)
         return Layout(TABLE, ending)
