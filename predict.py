@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from lib.prediction import predict
+from lib.runtimes import RUNTIMES
 from lib.system.cli import Parser, number, one_of, run_script
 from lib.system.files import made
 
@@ -23,7 +24,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="MODEL",
-        help="a saved model, RUN/models/model-E, or several, such as those of all folds, which are averaged (required)",
+        help="a saved model, RUN/models/model-E, or an exported one, OUT.onnx; or several, such as those of all folds, "
+        "which are averaged (required)",
     )
     add("--original", type=Path, help="folder of the data set (default: the data set's own folder)")
     add("--in_filters", type=Path, help="filter file to check the model against (default: none)")
@@ -44,6 +46,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="keep all components, whatever the training has decided in RUN/postprocessing.json (default: as decided)",
     )
+    runtime_help = "what computes an exported model, OUT.onnx (default: auto, the fastest that is installed)"
+    add("--runtime", **one_of(("auto", *RUNTIMES)), default="auto", help=runtime_help)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     batch_help = "patches computed at once (default: 8 in 2D, 2 on the CPU; 2 in 3D)"
     add("--batch_size", type=number(int, 1, 10**6), help=batch_help)

@@ -2,76 +2,58 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lib import postprocessing
-from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
 from lib.data.images import NIFTI, PROBABILITIES, SUFFIXES, TRUTH, n_channels, stem
 from lib.data.nifti import scale_note
-from lib.inference import Prediction, Predictor, agreed_settings, save
-from lib.models import compile_model, load_model
-from lib.models.nnUNet import nnUNet
-from lib.models.size import summary
-from lib.record import Record, check_others, identified, is_done, read_record
-from lib.settings import Settings
-from lib.system.device import device_of, faster_precision, find_device
+from lib.inference import Prediction, Predictor, all_exported, save
+from lib.record import Record, check_others, is_done, read_record
 from lib.system.error import InputError
-from lib.system.files import joint_digest, sweep, write_json
-from lib.system.process import check_stopped, keep_freed_memory
-from lib.utils import dataset_of
+from lib.system.files import sweep, write_json
+from lib.system.process import check_stopped
+
+if TYPE_CHECKING:
+    from lib.exported import ExportedModels
+    from lib.runs import RunModels
 
 Images = tuple[Path, ...]  # the files of one image, one for each channel
-Runs = dict[Path, Settings | None]  # the settings of the run of each model, None where it is not known
-DEFAULT_SPLIT = {"split": "0.9:0.1", "seed_data": 42}  # as in training
 METHOD = 1  # raise it whenever the same job gives other predictions of the same image
 BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"  # an image counts while it is predicted
 
 
 def predict(args: argparse.Namespace) -> None:
     """What predict.py does with its arguments, in a folder that it alone writes to."""
-    runs = agreed_settings(args.model_state, but=("patch_size",) if args.patch_size else ())
-    dataset = dataset_of_models(args.data, runs)
-    patch_size = tuple(args.patch_size or (_first(runs) or dataset).patch_size)
-    device = find_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    models, source = load_models(args, device)
-    for model, path in zip(models, args.model_state, strict=True):
-        check_model(model, path, dataset, patch_size)
-    images = find_images(args, dataset, runs)
+    models = find_models(args)
+    dataset = models.dataset
+    images = find_images(args, models)
     record = read_record(args.output)
-    steps, notes = steps_of(args.model_state) if not args.no_postprocessing else ((), [])
+    models, precision = models.settled(record)
     predictor = Predictor(
-        models,
-        patch_size,
+        models.networks,
+        models.patch_size,
         not args.no_tta,
         args.batch_size,
         preprocessing=dataset.preprocessing,
         step_size=args.step_size,
-        postprocess=partial(postprocessing.apply, steps=steps) if steps else None,
+        postprocess=partial(postprocessing.apply, steps=models.steps) if models.steps else None,
     )
-    precision, note = precision_of(predictor, args.amp, args.overwrite, record)
-    predictor = replace(predictor, amp=precision == "bfloat16")
-    job = describe_job(source, dataset, predictor, args.amp, precision, steps)
+    job = describe_job(models.source, dataset, predictor, precision, models.steps)
     ending = dataset.file_ending
     outputs = {subject: outputs_of(subject, args.output, args.probabilities, ending) for subject in images}
     images = choose_images(images, outputs, record, job, args.skip_existing, args.overwrite)
-    for line in [*notes, note]:
-        if line:
-            tqdm.write(line)
-    if args.compile:
-        for model in models:
-            compile_model(model, device)
-    description = describe(models, source, dataset, patch_size, list(runs.values()))
-    start = partial(begin, record, job, [output for subject in images for output in outputs[subject]], description)
+    for line in models.notes:
+        tqdm.write(line)
+    models.prepare()
+    replaced = [output for subject in images for output in outputs[subject]]
+    start = partial(begin, record, job, replaced, models.describe())
     noted = None  # the first image whose header disagrees with itself
     with tqdm(total=len(images), desc="predict", unit="image", bar_format=BAR) as bar:
         for i, (subject, files) in enumerate(images.items()):
@@ -93,149 +75,23 @@ def predict(args: argparse.Namespace) -> None:
     record.write()
 
 
-def _first(runs: Runs) -> Settings | None:
-    """The settings of the first run that is known."""
-    return next((settings for settings in runs.values() if settings), None)
+def find_models(args: argparse.Namespace) -> "RunModels | ExportedModels":
+    """The models to predict with. Torch is loaded with those that need it alone. Raises InputError."""
+    if all_exported(args.model_state):
+        from lib.exported import ExportedModels
+
+        return ExportedModels.of(args)
+    from lib.runs import RunModels
+
+    return RunModels.of(args)
 
 
-def dataset_of_models(data: str | None, runs: Runs) -> BaseDataset:
-    """The data set of the models' runs. `data`: what is given as --data, which is needed where no run is known.
-
-    Raises InputError if it is neither given nor known, or what is given is not what is known.
-    """
-    known = [(path, settings) for path, settings in runs.items() if settings]
-    if data is None and not known:
-        raise InputError(f"--data is needed: the run of {next(iter(runs))}, which would tell it, is not known")
-    if data is None:
-        return known[0][1].dataset
-    given = dataset_of(data)
-    if known:
-        path, settings = known[0]
-        if given.name != settings.dataset.name:
-            raise InputError(f"--data {data}: the run of {path} has {settings.dataset.name}; leave --data out")
-        return settings.dataset
-    if given.name not in DATASETS and not given.preprocessing.normalizations:
-        raise InputError(
-            f"--data {data}: says nothing of the preprocessing of {next(iter(runs))}, whose run is not known; name "
-            "RUN/models/model-E as --model_state, or RUN as --data"
-        )
-    return given
-
-
-def load_models(args: argparse.Namespace, device: torch.device) -> tuple[tuple[nnUNet, ...], dict]:
-    """All models, and what the record says of their files: of several the path of the first, the `joint_digest`, and
-    each for itself. Raises InputError."""
-    if len(args.model_state) != len({path.resolve() for path in args.model_state}):
-        raise InputError(f"--model_state {' '.join(map(str, args.model_state))}: names a model twice; name it once")
-    if len(args.model_state) > 1 and (args.in_filters or args.out_filters):
-        flag = "--in_filters" if args.in_filters else "--out_filters"
-        raise InputError(f"{flag}: is of one model; leave it out with several --model_state")
-    models, sources = [], []
-    for path in args.model_state:
-        with identified(path) as found:
-            models.append(load_model(path, device, args.in_filters, args.out_filters))
-        sources.append({key: found[key] for key in ("path", "sha256")})
-    if len(sources) == 1:
-        return tuple(models), sources[0]
-    joint = joint_digest(source["sha256"] for source in sources)
-    return tuple(models), {"path": sources[0]["path"], "sha256": joint, "models": sources}
-
-
-def steps_of(paths: Sequence[Path]) -> tuple[tuple, list[str]]:
-    """The post-processing that was decided in the runs of all models alike, and lines for the screen. Raises
-    InputError."""
-    found = [postprocessing.read_steps(path) for path in paths]
-    notes = [note for _, note in found if note]
-    decided = {steps or () for steps, _ in found}
-    if len(decided) == 1:
-        return decided.pop(), notes
-    return (), [*notes, "the runs of the models decided for different post-processing: none is applied"]
-
-
-def find_images(args: argparse.Namespace, dataset: BaseDataset, runs: Runs) -> dict[str, Images]:
+def find_images(args: argparse.Namespace, models: "RunModels | ExportedModels") -> dict[str, Images]:
     """What to predict, by the name of the prediction. Raises InputError if there is nothing."""
-    if args.input is None:
-        folder = args.original or own_folder(args.data, dataset, _first(runs))
-        images = partition_images(dataset, folder, args.partition, runs)
-    else:
-        images = input_images(args.input, dataset)
+    images = models.images() if args.input is None else input_images(args.input, models.dataset)
     for subject, files in images.items():
-        dataset.check_channels(subject, files)
-    return challenge_names(images, dataset) if args.challenge_names else images
-
-
-def own_folder(data: str | None, dataset: BaseDataset, settings: Settings | None) -> Path | None:
-    """Where own data are: in the folder that was given as --data, or else where the run had them; None for others."""
-    if not dataset.preprocessing.normalizations:
-        return None
-    if data and Path(data, "dataset.json").is_file():
-        return Path(data)
-    return Path(settings.data_path) if settings and settings.data_path else None
-
-
-def check_model(model: nnUNet, source: Path, dataset: BaseDataset, patch_size: tuple[int, ...]) -> None:
-    """Raise InputError unless the model (of the file `source`), the data set and the patch belong together."""
-    for what in ("dim", "n_classes", "modalities"):
-        found, needed = getattr(model, what), getattr(dataset, what)
-        if found != needed:
-            raise InputError(f"{source}: {what} is {found}, --data {dataset.name} needs {needed}")
-    divisor = model.divisor
-    if len(patch_size) != len(divisor) or any(n % d or n < 2 * d for n, d in zip(patch_size, divisor, strict=True)):
-        least, twice = (" x ".join(map(str, dict.fromkeys(k * d for d in divisor))) for k in (1, 2))
-        raise InputError(
-            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {len(divisor)} numbers, each a multiple "
-            f"of {least} and at least {twice}"
-        )
-
-
-def partition_images(dataset: BaseDataset, folder: Path | None, partition: str, runs: Runs) -> dict[str, Images]:
-    """The images of "train", "validation" or "test" in the data set's `folder`, by id, as the runs of the models have
-    divided them.
-
-    Raises InputError if there are none, or the runs do not agree. Without a run it is not known what the model was
-    trained on: the test set is then that of the default seed, which a line says, and the others are refused.
-    """
-    if partition != "test":
-        for path, settings in runs.items():
-            if settings is None:
-                raise InputError(
-                    f"--partition {partition}: the run of {path}, and so its split, is not known; give the model "
-                    "inside its run folder, or --input"
-                )
-    split = agreed_split(runs, partition)
-    if not _first(runs):
-        if dataset.preprocessing.normalizations:
-            split["fold"] = "all"  # which has the same test set as any
-        else:
-            tqdm.write(
-                f"the run of {next(iter(runs))} is not known: predicting the test set of seed {split['seed_data']}"
-            )
-    images = {file.id: file.images for file in dataset.partitions(folder, **split)[partition]}
-    if not images:
-        raise InputError(
-            f"--partition {partition} of {dataset.name}: there is no image on disk to predict; give another "
-            "--partition, or --input"
-        )
-    return images
-
-
-def agreed_split(runs: Runs, partition: str) -> dict[str, str | int]:
-    """How the runs divide the data set; of what is not known the default. Raises InputError if two have not the same
-    `partition`."""
-    found = {}
-    for path, settings in runs.items():
-        if settings:
-            fold = {"fold": settings.fold} if getattr(settings, "fold", None) is not None else {}
-            found[path] = {key: getattr(settings, key) for key in DEFAULT_SPLIT} | fold
-    decisive = ("seed_data",) if partition == "test" else ("split", "seed_data", "fold")
-    first, *others = [*found.items()] or [(None, DEFAULT_SPLIT.copy())]
-    for path, split in others:
-        if any(split.get(key) != first[1].get(key) for key in decisive):
-            raise InputError(
-                f"--partition {partition}: that of the run of {path} is not that of {first[0]}; give one model, or "
-                "--input"
-            )
-    return first[1]
+        models.dataset.check_channels(subject, files)
+    return challenge_names(images, models.dataset) if args.challenge_names else images
 
 
 def input_images(source: Path, dataset: BaseDataset) -> dict[str, Images]:
@@ -406,23 +262,10 @@ def put(array: np.ndarray, prediction: Prediction, output: Path, record: Record,
     record.replaced(output.name)
 
 
-def precision_of(predictor: Predictor, amp: bool, overwrite: bool, record: Record) -> tuple[str, str | None]:
-    """float32 or bfloat16, in which is to be predicted, and a line for the screen if a timed batch decided it.
-
-    Unless it is to `overwrite` what is there, a prediction keeps to the precision in which the folder was begun.
-    """
-    if not amp or device_of(predictor.models[0]).type != "cpu":
-        return "bfloat16" if amp else "float32", None
-    if not overwrite and record.jobs.get(record.job, {}).get("amp"):
-        return record.jobs[record.job]["precision"], None
-    return faster_precision("a batch", predictor.trial())
-
-
-def describe_job(
-    source: dict, dataset: BaseDataset, predictor: Predictor, amp: bool, precision: str, steps: Sequence
-) -> dict:
-    """All but the image that a prediction depends on, as it is written to the record; `source` are the models, `steps`
-    the post-processing. What is newer than the first records stands there only where it says something."""
+def describe_job(source: dict, dataset: BaseDataset, predictor: Predictor, precision: dict, steps: Sequence) -> dict:
+    """All but the image that a prediction depends on, as it is written to the record; `source` are the models,
+    `precision` says how they are computed, `steps` are the post-processing. What is newer than the first records stands
+    there only where it says something."""
     job = {
         "method": METHOD,
         "model": source,
@@ -430,8 +273,7 @@ def describe_job(
         "preprocessing": dataset.preprocessing.as_dict(),
         "patch_size": list(predictor.patch_size),
         "tta": predictor.mirror,
-        "amp": amp,
-        "precision": precision,
+        **precision,
     }
     if dataset.values:
         job["values"] = list(dataset.values)
@@ -440,45 +282,3 @@ def describe_job(
     if steps:
         job["postprocessing"] = list(steps)
     return job
-
-
-def describe(
-    models: Sequence[nnUNet],
-    source: dict,
-    dataset: BaseDataset,
-    patch_size: tuple[int, ...],
-    settings: Sequence[Settings | None],
-) -> dict:
-    """What model.json says: the model, and its size before and after pruning (null where the former is unknown); of
-    several models the sums, and each for itself.
-
-    `source` are the models' files. `settings` are those of their runs; without them those of the data set count.
-    """
-    each = [sizes_of(model, dataset, patch_size, one) for model, one in zip(models, settings, strict=True)]
-    sizes = {key: {when: _sum(one[key][when] for one in each) for when in size} for key, size in each[0].items()}
-    described = {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}
-    if "models" in source:
-        described["models"] = [
-            {"model": file["path"], "sha256": file["sha256"], **size}
-            for file, size in zip(source["models"], each, strict=True)
-        ]
-    return described
-
-
-def sizes_of(
-    model: nnUNet, dataset: BaseDataset, patch_size: tuple[int, ...], settings: Settings | None
-) -> dict[str, dict[str, int | None]]:
-    """{"parameters", "flops", "filters": {"unpruned": n or None, "now": n}}."""
-    now, unpruned = summary(model, patch_size), {}
-    keys = ("levels", "fms_init", "fms_max")
-    planned = {key: getattr(settings, key, dataset.defaults[key]) for key in keys}
-    if model.levels == planned["levels"]:
-        like = {"dim": model.dim, "strides": model.strides, "kernels": model.kernels}
-        unpruned = summary(nnUNet(model.modalities, model.n_classes, **planned, **like), patch_size)
-    return {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
-
-
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    """None if one is not known."""
-    known = [*numbers]
-    return None if None in known else sum(known)

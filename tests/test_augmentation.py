@@ -3,8 +3,7 @@ import pytest
 import torch
 import torchio as tio
 
-from lib.data.augmentation import RandomElasticDeformation, augmentation, elastic_grid
-from lib.data.preprocessing import zscore
+from lib.data.augmentation import RandomElasticDeformation, augmentation, elastic_grid, zscored
 
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")  # 7.5 mm may fold volumes so small
 SPACING = np.diag([1.25, 1.25, 8.0, 1.0])
@@ -40,7 +39,7 @@ def test_without_the_last_zscore_all_else_is_as_with_it(dim):
         for final_zscore in (True, False):
             torch.manual_seed(seed)
             results.append(augmentation(dim, final_zscore)(subject(image)).image.data)
-        assert torch.equal(results[0], zscore(results[1])) and results[1].mean() > 1
+        assert torch.equal(results[0], zscored(results[1])) and results[1].mean() > 1
 
 
 @pytest.mark.parametrize(("dim", "slice_axis", "n_flips"), [("2D", 2, 2), ("3D", 0, 3)])

@@ -11,13 +11,13 @@ import torch
 import lib.training
 import predict
 import train
-from lib.inference import Predictor
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
 from lib.models import Sauron
 from lib.system import device
 from lib.system.device import faster_precision, find_device, seconds_of
 from lib.system.error import InputError
 from lib.system.process import Stopped
+from lib.torch_network import TorchNetwork
 from lib.trainer import trial_step
 
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0", "--device", "cpu"]
@@ -102,7 +102,7 @@ def test_trials_compute_in_the_precision_that_they_are_asked_for(model):
     try:
         for trial in (
             trial_step(model, DS_CrossEntropyDiceLoss_Distance(), 2, (32, 32)),
-            Predictor(model.eval(), (32, 32), batch_size=2).trial(),
+            TorchNetwork(model.eval()).trial((32, 32), 2),
         ):
             for amp, dtype in ((False, torch.float32), (True, torch.bfloat16)):
                 types.clear()

@@ -13,6 +13,7 @@ FLOORS = [  # from the ground up; what stands in one line may be in any order
     ["lib.published"],
     ["lib.settings"],
     ["lib.build", "lib.utils", "lib.checkpoint", "lib.record", "lib.postprocessing"],
+    ["lib.network", "lib.torch_network", "lib.runs"],
     ["lib.callback", "lib.evaluation", "lib.inference"],
     ["lib.trainer", "lib.forecast", "lib.prediction", "lib.validation"],
     ["lib.training"],

@@ -17,6 +17,7 @@ import torch
 from niftis import assert_same_grid, oblique, oriented, write_image
 
 import lib.prediction
+import lib.runs
 import predict
 from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
@@ -27,8 +28,9 @@ from lib.inference import Predictor
 from lib.models import load_model
 from lib.models.nnUNet import nnUNet
 from lib.postprocessing import keep_largest
-from lib.prediction import input_images, partition_images
+from lib.prediction import input_images
 from lib.record import mixed_jobs
+from lib.runs import partition_images
 from lib.system.error import InputError
 
 RECORDS = ["model.json", "predictions.json"]
@@ -308,7 +310,7 @@ def test_a_model_that_changes_while_it_is_read_is_not_used(toy, capsys, monkeypa
         toy.model.write_bytes(toy.model.read_bytes() + bytes(8))
         return result
 
-    monkeypatch.setattr(lib.prediction, "load_model", read_and_change)
+    monkeypatch.setattr(lib.runs, "load_model", read_and_change)
     code = toy.run()
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and f"{toy.model}: changed while it was read" in error

@@ -86,6 +86,11 @@ def resample(volume: Tensor, grid: Tensor, inside: Tensor, interpolation: str) -
     return result.where(inside, volume.amin((1, 2, 3), keepdim=True).float())
 
 
+def zscored(tensor: Tensor) -> Tensor:
+    """`lib.data.preprocessing.zscore` of (C, X, Y, Z)."""
+    return torch.from_numpy(zscore(tensor.numpy()))
+
+
 def augmentation(dim: str, final_zscore: bool = True) -> tio.Compose:
     """Changes a tio.Subject with "image" and "label" in place, drawing from torch's global generator, in this order:
 
@@ -113,5 +118,5 @@ def augmentation(dim: str, final_zscore: bool = True) -> tio.Compose:
         RandomElasticDeformation(num_control_points=7, locked_borders=2, max_displacement=7.5, p=0.3, copy=False),
     ]
     if final_zscore:
-        transforms.append(tio.Lambda(zscore, types_to_apply=[tio.INTENSITY], copy=False))
+        transforms.append(tio.Lambda(zscored, types_to_apply=[tio.INTENSITY], copy=False))
     return tio.Compose(transforms, copy=False)

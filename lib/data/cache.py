@@ -93,9 +93,9 @@ def store(
     if files.label is not None:
         label = read_truth(files.label)
         _check_unchanged(label, sources["label"])
-        label = in_own_frame(aligned(label, image, preprocessing.by_index), preprocessing.orientation, tio.LabelMap)
+        label = in_own_frame(aligned(label, image, preprocessing.by_index), preprocessing.orientation)
     there = standardize(own, preprocessing, label)
-    arrays = {"image.npy": there.tensor.numpy()} | ({} if label is None else {"label.npy": there.label.numpy()})
+    arrays = {"image.npy": there.array} | ({} if label is None else {"label.npy": there.label})
     world = in_order(image.geometry, preprocessing.orientation).affine @ np.linalg.inv(own.affine) @ there.affine
     meta = {"id": files.id, "padding": there.padding, "sources": sources}
     meta |= {"affine": there.affine.tolist(), "world": world.tolist()}

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lib.data.preprocessing import crop_or_pad
+from lib.data.preprocessing import margins
 
 Start = tuple[int, int, int]
 
@@ -15,20 +16,26 @@ Start = tuple[int, int, int]
 def fit(volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
     """(..., X, Y, Z) whose slices have the patch's size (2D: cropped or padded centrally), or which is not smaller
     than the patch on any axis (3D: padded centrally), with zeros."""
-    return crop_or_pad(volume, (*patch_size, None)) if len(patch_size) == 2 else padded(volume, patch_size)
+    return _to_size(volume, (*patch_size, None)) if len(patch_size) == 2 else padded(volume, patch_size)
 
 
 def field_of_view(volume: Tensor, field: tuple[int, ...], patch_size: tuple[int, ...]) -> Tensor:
     """(..., X, Y, Z) for training: as `fit`, but slices (2D) larger than the patch keep their central `field`."""
     if len(patch_size) == 2:
         size = volume.shape[-3:-1]
-        volume = crop_or_pad(volume, (*map(min, size, field), None))
+        volume = _to_size(volume, (*map(min, size, field), None))
     return padded(volume, patch_size)
 
 
 def padded(volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
     """(..., X, Y, Z) which is not smaller than the patch on any axis: padded centrally, with zeros."""
-    return crop_or_pad(volume, (*patch_size, None)[:3], crop=False)
+    return _to_size(volume, (*patch_size, None)[:3], crop=False)
+
+
+def _to_size(volume: Tensor, shape: tuple[int | None, ...], crop: bool = True) -> Tensor:
+    """`lib.data.preprocessing.crop_or_pad` for a tensor."""
+    around = margins(volume.shape[-3:], shape, crop)
+    return F.pad(volume, [n for both in reversed(around) for n in both])  # F.pad begins with the last axis
 
 
 def centred_or_random_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], n: int) -> list[Start]:

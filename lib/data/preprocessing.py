@@ -1,4 +1,7 @@
-"""From a NIfTI file to the volume that the network sees, and from its output back to the file's own grid."""
+"""From an image's file to the volume that the network sees, and from its output back to the file's own grid.
+
+Nothing here needs torch: exported models are applied without it. SimpleITK is imported where it is needed.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,10 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import torchio as tio
-from torch import Tensor
 
 from lib.data.BaseDataset import Preprocessing
 from lib.data.geometry import Geometry, Volume, aligned, axes_of, oriented
@@ -24,6 +23,24 @@ from lib.system.files import joint_digest
 LARGEST = 1000  # times the voxels of the file: a preprocessed volume
 
 
+class Image(NamedTuple):
+    """An image or label map in a frame of its own. array: (C, X, Y, Z), of a label map (1, X, Y, Z); affine: 4x4, from
+    voxels to that frame (mm)."""
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        return self.array.shape[1:]
+
+    @property
+    def spacing_mm(self) -> np.ndarray:
+        """(3,)."""
+        return np.sqrt((self.affine[:3, :3] ** 2).sum(0))
+
+
 class Grid(NamedTuple):
     """Where the voxels of a volume are: its spatial shape, and the affine (4x4) from voxels to its own frame (mm)."""
 
@@ -32,21 +49,21 @@ class Grid(NamedTuple):
 
 
 class Preprocessed(NamedTuple):
-    """tensor: (C, X', Y', Z') float32; affine: 4x4, voxel to the own frame (mm), padding included;
+    """array: (C, X', Y', Z') float32; affine: 4x4, voxel to the own frame (mm), padding included;
     padding: voxels added before and after each axis (x0, x1, y0, y1, z0, z1); label: (X', Y', Z') of its own type.
 
     box: what the crop to nonzero left of the volume, None in a preprocessing without `normalizations`; separate: the
     axis that is set apart on the way back from it, see `lib.data.resampling.separate_axis`."""
 
-    tensor: Tensor
+    array: np.ndarray
     affine: np.ndarray
     padding: tuple[int, ...] = (0,) * 6
-    label: Tensor | None = None
+    label: np.ndarray | None = None
     box: tuple[slice, slice, slice] | None = None
     separate: int | None = None
 
 
-def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) -> tuple[tio.ScalarImage, Volume]:
+def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) -> tuple[Image, Volume]:
     """An image, of one file or one for each channel, as (C, X, Y, Z) float32 in its own frame: see `in_own_frame`. Also
     the first file, without voxels, with the number of bytes of all files and their `joint_digest`. Where there are
     `normalizations` a file may hold several channels.
@@ -66,10 +83,10 @@ def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) ->
         volumes += [aligned(channel, first, preprocessing.by_index) for channel in channels]
     _check_channels(volumes, preprocessing)
     first = replace(first, n_bytes=n_bytes, sha256=joint_digest(sums))
-    images = [in_own_frame(volumes.pop(0), preprocessing.orientation, tio.ScalarImage) for _ in range(len(volumes))]
+    images = [in_own_frame(volumes.pop(0), preprocessing.orientation) for _ in range(len(volumes))]
     if len(images) == 1:
         return images[0], first
-    return tio.ScalarImage(tensor=torch.cat([image.data for image in images]), affine=images[0].affine), first
+    return Image(np.concatenate([image.array for image in images]), images[0].affine), first
 
 
 def _check_channels(volumes: list[Volume], preprocessing: Preprocessing) -> None:
@@ -89,98 +106,89 @@ def _check_channels(volumes: list[Volume], preprocessing: Preprocessing) -> None
             )
 
 
-def in_own_frame(volume: Volume, orientation: str, kind: type[tio.Image]) -> tio.Image:
-    """A volume for torchio, (1, X, Y, Z) with its axes as `orientation` says, in a frame of its own: the first voxel is
-    the origin, and the axes of the array are those of the frame.
+def in_own_frame(volume: Volume, orientation: str) -> Image:
+    """A volume with its axes as `orientation` says, in a frame of its own: the first voxel is the origin, and the axes
+    of the array are those of the frame.
 
     What is computed there depends on the voxels and their size alone, to the last bit: not on where in the scanner they
     are, nor on the order in which the file stores them.
     """
     volume = oriented(volume, orientation)
-    return kind(tensor=torch.from_numpy(volume.array)[None], affine=np.diag([*volume.geometry.spacing_mm, 1.0]))
+    return Image(volume.array[None], np.diag([*volume.geometry.spacing_mm, 1.0]))
 
 
-def zscore(tensor: Tensor) -> Tensor:
-    """(x - mean) / population standard deviation, of each channel (C, ...) as a whole, as float32; zeros where it is
-    constant.
-
-    The sums are numpy's: in double precision, and the same whatever the number of threads.
-    """
-    if len(tensor) > 1:
-        return torch.cat([zscore(channel) for channel in tensor.split(1)])
-    array = tensor.numpy()
+def zscore(array: np.ndarray) -> np.ndarray:
+    """(x - mean) / population standard deviation, of each channel of (C, ...) as a whole, as float32; zeros where it is
+    constant. The sums are taken in double precision."""
+    if len(array) > 1:
+        return np.concatenate([zscore(channel[None]) for channel in array])
     mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
     if array.min() == array.max():
-        return torch.zeros(tensor.shape)
-    return torch.from_numpy((array - mean) / std).float()
+        return np.zeros(array.shape, np.float32)
+    return ((array - mean) / std).astype(np.float32, copy=False)
 
 
-def preprocess(image: tio.ScalarImage, preprocessing: Preprocessing) -> Preprocessed:
+def preprocess(image: Image, preprocessing: Preprocessing) -> Preprocessed:
     """The network's input: `standardize`, and the z-score whatever `preprocessing.zscore` says."""
     there = standardize(image, preprocessing)
-    return there if preprocessing.normalizations else there._replace(tensor=zscore(there.tensor))
+    return there if preprocessing.normalizations else there._replace(array=zscore(there.array))
 
 
-def standardize(
-    image: tio.ScalarImage, preprocessing: Preprocessing, label: tio.LabelMap | None = None
-) -> Preprocessed:
+def standardize(image: Image, preprocessing: Preprocessing, label: Image | None = None) -> Preprocessed:
     """What is cached of an image in its own frame and, if it is given, its label: resampled (linearly), clipped,
     shifted and scaled, padded, and z-scored if asked for; or, where there are `normalizations`, as `_as_in_nnunet`."""
     if preprocessing.normalizations:
         return _as_in_nnunet(image, preprocessing, label)
     grid = _grid(image, preprocessing.spacing_mm)
-    tensor = tio.Resample(tuple(grid))(image).data
+    array = _resampled_to(image, grid, "linear")
     if preprocessing.clip is not None:
-        tensor = tensor.clamp(*preprocessing.clip)
+        array = array.clip(*preprocessing.clip)
     if preprocessing.scale is not None:
-        tensor = (tensor - preprocessing.shift) / preprocessing.scale
-    there = _pad(tensor, grid.affine, preprocessing.min_size)
-    tensor = zscore(there.tensor) if preprocessing.zscore else there.tensor.float()
-    return there._replace(tensor=tensor, label=None if label is None else standardize_label(label, preprocessing))
+        array = (array - preprocessing.shift) / preprocessing.scale
+    there = _pad(array, grid.affine, preprocessing.min_size)
+    array = zscore(there.array) if preprocessing.zscore else there.array.astype(np.float32, copy=False)
+    return there._replace(array=array, label=None if label is None else standardize_label(label, preprocessing))
 
 
-def standardize_label(label: tio.LabelMap, preprocessing: Preprocessing) -> Tensor:
+def standardize_label(label: Image, preprocessing: Preprocessing) -> np.ndarray:
     """(X', Y', Z'), of the label's type: nearest neighbours on the very grid that `standardize` gives an image of the
     same grid, if there are no `normalizations`."""
-    grid, dtype = _grid(label, preprocessing.spacing_mm), label.data.dtype
-    return _pad(tio.Resample(tuple(grid))(label).data, grid.affine, preprocessing.min_size).tensor[0].to(dtype)
+    grid = _grid(label, preprocessing.spacing_mm)
+    return _pad(_resampled_to(label, grid, "nearest"), grid.affine, preprocessing.min_size).array[0]
 
 
-def _as_in_nnunet(
-    image: tio.ScalarImage, preprocessing: Preprocessing, label: tio.LabelMap | None = None
-) -> Preprocessed:
+def _as_in_nnunet(image: Image, preprocessing: Preprocessing, label: Image | None = None) -> Preprocessed:
     """Crop to nonzero, normalize, resample.
 
     "Inside" are the nonzero mask and all foreground of the label, if there is one. A masked z-score is over the inside;
     and the outside, although it becomes background in the end, competes as a label of its own in resampling.
     """
-    channels, old_mm = image.numpy(), np.diag(image.affine)[:3].tolist()
+    channels, old_mm = image.array, np.diag(image.affine)[:3].tolist()
     new_mm = _wanted_mm(old_mm, preprocessing.spacing_mm)
     inside, box = nonzero(channels)
     if not preprocessing.crop:
         box = tuple(slice(0, size) for size in inside.shape)
     inside, channels = inside[box], channels[:, *box]
     if label is not None:
-        label = label.numpy()[0][box]
+        label = label.array[0][box]
         inside = inside | (label != 0)
     shape, separate = new_shape(inside.shape, old_mm, new_mm), separate_axis(old_mm, new_mm)
-    tensor = np.empty((len(channels), *shape), np.float32)
-    for target, channel, normalization in zip(tensor, channels, preprocessing.normalizations, strict=True):
+    array = np.empty((len(channels), *shape), np.float32)
+    for target, channel, normalization in zip(array, channels, preprocessing.normalizations, strict=True):
         target[...] = resample_image(normalize(channel, normalization, inside), shape, separate)
     if label is not None:
         outside_apart = np.where(inside, label.astype(np.int16), -1)
-        label = resample_label(outside_apart, shape, separate).clip(0).astype(label.dtype)
-        label = torch.from_numpy(np.ascontiguousarray(label))
+        label = np.ascontiguousarray(resample_label(outside_apart, shape, separate).clip(0).astype(label.dtype))
     ratio = np.array(inside.shape) / shape
     voxels = np.diag([*ratio, 1.0])  # from those of the result to those of the image
     voxels[:3, 3] = [side.start for side in box] + (ratio - 1) / 2
     back = separate_axis(new_mm, old_mm)
-    return Preprocessed(torch.from_numpy(tensor), image.affine @ voxels, label=label, box=box, separate=back)
+    return Preprocessed(array, image.affine @ voxels, label=label, box=box, separate=back)
 
 
 def to_original_grid(
-    slabs: Iterable[tuple[slice, Tensor]], axis: int, there: Preprocessed, grid: Grid, slab_voxels: int = 2**24
-) -> Iterator[tuple[slice, Tensor]]:
+    slabs: Iterable[tuple[slice, np.ndarray]], axis: int, there: Preprocessed, grid: Grid, slab_voxels: int = 2**24
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Bring probabilities on the preprocessed grid back to `grid`, that of the image before `standardize` (X, Y, Z).
 
     slabs: (K, X', Y', Z') float32, slab by slab along one of the three axes: its slice of the axis, and what lies in
@@ -194,33 +202,32 @@ def to_original_grid(
     """
     if there.box is not None:
         return _from_crop(slabs, axis, there, grid, slab_voxels)
-    return _from_whole(torch.cat([slab for _, slab in slabs], axis + 1), axis, there, grid, slab_voxels)
+    return _from_whole(np.concatenate([slab for _, slab in slabs], axis + 1), axis, there, grid, slab_voxels)
 
 
 def _from_whole(
-    probabilities: Tensor, axis: int, there: Preprocessed, grid: Grid, slab_voxels: int
-) -> Iterator[tuple[slice, Tensor]]:
+    probabilities: np.ndarray, axis: int, there: Preprocessed, grid: Grid, slab_voxels: int
+) -> Iterator[tuple[slice, np.ndarray]]:
     x0, x1, y0, y1, z0, z1 = there.padding
     _, x, y, z = probabilities.shape
-    cropped = probabilities[:, x0 : x - x1, y0 : y - y1, z0 : z - z1].float()
-    bordered = F.pad(cropped[None], (1,) * 6, mode="replicate")[0]
+    cropped = probabilities[:, x0 : x - x1, y0 : y - y1, z0 : z - z1].astype(np.float32, copy=False)
     affine = _shifted(there.affine, (x0 - 1, y0 - 1, z0 - 1))
-    classes = [tio.ScalarImage(tensor=volume[None], affine=affine) for volume in bordered]
+    classes = [_to_itk(np.pad(volume, 1, "edge"), affine) for volume in cropped]
     for slab in _slabs(0, grid.shape[axis], _n_slices(grid.shape, axis, slab_voxels)):
         shape, start = list(grid.shape), [0, 0, 0]
         shape[axis], start[axis] = slab.stop - slab.start, slab.start
-        back = tio.Resample((tuple(shape), _shifted(grid.affine, start)))
-        yield slab, torch.cat([back(volume).data for volume in classes])
+        part = Grid(tuple(shape), _shifted(grid.affine, start))
+        yield slab, _stacked([_on_grid(volume, part, "linear") for volume in classes])
 
 
 def _from_crop(
-    slabs: Iterable[tuple[slice, Tensor]], axis: int, there: Preprocessed, grid: Grid, slab_voxels: int
-) -> Iterator[tuple[slice, Tensor]]:
-    parts = (slab.numpy() for _, slab in slabs)
+    slabs: Iterable[tuple[slice, np.ndarray]], axis: int, there: Preprocessed, grid: Grid, slab_voxels: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    parts = (slab for _, slab in slabs)
     first = next(parts)
     box, shape, most = list(there.box), list(grid.shape), slab_voxels // len(first)
     start, stop = box[axis].start, box[axis].stop
-    shapes = tuple(there.tensor.shape[1:]), tuple(side.stop - side.start for side in box)
+    shapes = there.array.shape[1:], tuple(side.stop - side.start for side in box)
     n = _n_slices(grid.shape, axis, most)
     inside = resample_probabilities(chain([first], parts), axis, shapes, there.separate, n)
     inside = ((slice(start + slab.start, start + slab.stop), part) for slab, part in inside)
@@ -228,10 +235,10 @@ def _from_crop(
     box[axis] = slice(None)
     for slab, part in chain(before, inside, after):
         shape[axis] = slab.stop - slab.start
-        result = torch.zeros(len(first), *shape)
+        result = np.zeros((len(first), *shape), np.float32)
         result[0] = 1
         if part is not None:
-            result[:, *box] = torch.from_numpy(part)
+            result[:, *box] = part
         yield slab, result
 
 
@@ -245,25 +252,87 @@ def _slabs(start: int, stop: int, n: int) -> list[slice]:
     return [slice(first, min(first + n, stop)) for first in range(start, stop, n)]
 
 
-def crop_or_pad(tensor: Tensor, shape: tuple[int | None, ...], crop: bool = True) -> Tensor:
-    """Crop or pad the last axes of (..., *spatial) centrally to `shape` (None: leave the axis), with zeros.
+def margins(size: Sequence[int], wanted: Sequence[int | None], crop: bool = True) -> list[tuple[int, int]]:
+    """How many voxels to add before and after each axis, so that it has the size `wanted` and its centre stays; below 0
+    to take away. None: the axis stays; without `crop` also one that is longer.
 
-    An odd voxel more is cropped or added at the start, as in torchio. Without `crop` axes that are longer stay.
+    An odd voxel more is added or taken away at the start, as in torchio.
     """
-    pads = []
-    for size, wanted in zip(tensor.shape[-len(shape) :], shape, strict=True):
-        more = 0 if wanted is None or (wanted < size and not crop) else wanted - size
+    result = []
+    for old, new in zip(size, wanted, strict=True):
+        more = 0 if new is None or (new < old and not crop) else new - old
         start = int(np.sign(more)) * ((abs(more) + 1) // 2)
-        pads = [start, more - start, *pads]  # F.pad begins with the last axis
-    return F.pad(tensor, pads)
+        result.append((start, more - start))
+    return result
 
 
-def _grid(image: tio.Image, spacing_mm: tuple[float | None, ...]) -> Grid:
+def crop_or_pad(array: np.ndarray, shape: tuple[int | None, ...], crop: bool = True) -> np.ndarray:
+    """Crop or pad the last axes of (..., *spatial) centrally to `shape`, with zeros: see `margins`."""
+    leading = array.ndim - len(shape)
+    around = margins(array.shape[leading:], shape, crop)
+    inner = [slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(around, array.shape[leading:], strict=True)]
+    array = array[(..., *inner)]
+    if all(a <= 0 and b <= 0 for a, b in around):
+        return array
+    before = [max(a, 0) for a, _ in around]
+    after = [max(b, 0) for _, b in around]
+    sizes = array.shape[leading:]
+    padded = np.zeros((*array.shape[:leading], *map(sum, zip(before, sizes, after, strict=True))), array.dtype)
+    padded[(..., *(slice(a, a + n) for a, n in zip(before, sizes, strict=True)))] = array
+    return padded
+
+
+# --- resampling by ITK ------------------------------------------------------------------------------------------------
+
+
+def _resampled_to(image: Image, grid: Grid, interpolation: str) -> np.ndarray:
+    """The channels of an image on a grid of its frame, (C, *shape of the grid), of the image's type."""
+    return _stacked([_on_grid(_to_itk(channel, image.affine), grid, interpolation) for channel in image.array])
+
+
+def _stacked(volumes: list[np.ndarray]) -> np.ndarray:
+    """Volumes (X, Y, Z) in Fortran's order as (C, X, Y, Z), each of them still in this order."""
+    return np.stack([volume.T for volume in volumes]).transpose(0, 3, 2, 1)
+
+
+def _to_itk(array: np.ndarray, affine: np.ndarray):
+    """A volume (X, Y, Z) as an image of SimpleITK, whose world is LPS."""
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array.transpose())
+    for put, values in zip((image.SetOrigin, image.SetSpacing, image.SetDirection), _in_lps(affine), strict=True):
+        put(values)
+    return image
+
+
+def _on_grid(image, grid: Grid, interpolation: str) -> np.ndarray:
+    """An image of SimpleITK on a grid of its world, (X, Y, Z) in Fortran's order; 0 beyond the image."""
+    import SimpleITK as sitk
+
+    origin, spacing, direction = _in_lps(grid.affine)
+    how = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor}[interpolation]
+    size = [int(n) for n in grid.shape]
+    resampled = sitk.Resample(image, size, sitk.Transform(), how, origin, spacing, direction, 0.0)
+    return sitk.GetArrayFromImage(resampled).transpose()
+
+
+def _in_lps(affine: np.ndarray) -> tuple[list[float], list[float], list[float]]:
+    """Origin, voxel size and directions of an affine, as SimpleITK takes them."""
+    matrix = affine[:3, :3]
+    spacing = np.sqrt((matrix**2).sum(0))
+    flip = np.diag([-1.0, -1.0, 1.0])
+    return (flip @ affine[:3, 3]).tolist(), spacing.tolist(), (flip @ (matrix / spacing)).ravel().tolist()
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def _grid(image: Image, spacing_mm: tuple[float | None, ...]) -> Grid:
     """The grid of the image resampled to `spacing_mm`: the same centre, and no larger than the original.
 
     torchio's own rule, but for its rounding, which can lose a slice of an axis that should stay as it is.
     """
-    old_mm, size = np.array(image.spacing), np.array(image.spatial_shape)
+    old_mm, size = image.spacing_mm, np.array(image.shape)
     new_size, new_mm = _resampled(size, old_mm, spacing_mm)
     affine = image.affine.copy()
     affine[:3, :3] *= new_mm / old_mm
@@ -304,14 +373,13 @@ def check_size(path: Path, geometry: Geometry, preprocessing: Preprocessing) -> 
         )
 
 
-def _pad(tensor: Tensor, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:
+def _pad(array: np.ndarray, affine: np.ndarray, min_size: tuple[int, ...] | None) -> Preprocessed:
     """Pad (C, X, Y, Z) centrally with zeros to at least `min_size`."""
     if min_size is None:
-        return Preprocessed(tensor, affine)
-    missing = [max(0, wanted - size) for wanted, size in zip(min_size, tensor.shape[1:], strict=True)]
-    before = [(n + 1) // 2 for n in missing]
-    padding = tuple(n for start, total in zip(before, missing, strict=True) for n in (start, total - start))
-    return Preprocessed(crop_or_pad(tensor, min_size, crop=False), _shifted(affine, [-n for n in before]), padding)
+        return Preprocessed(array, affine)
+    around = margins(array.shape[1:], min_size, crop=False)
+    padding = tuple(n for both in around for n in both)
+    return Preprocessed(crop_or_pad(array, min_size, crop=False), _shifted(affine, [-a for a, _ in around]), padding)
 
 
 def _shifted(affine: np.ndarray, voxels) -> np.ndarray:

@@ -11,9 +11,8 @@ import torchio as tio
 from torch.utils.data import Dataset
 
 from lib.data import cache, patches
-from lib.data.augmentation import augmentation
+from lib.data.augmentation import augmentation, zscored
 from lib.data.BaseDataset import BaseDataset
-from lib.data.preprocessing import zscore
 
 
 class Volumes(Dataset):
@@ -29,7 +28,7 @@ class Volumes(Dataset):
     def __getitem__(self, index: int) -> tio.Subject:
         subject = cache.load(self.folders[index], "world")
         if self.final_zscore:
-            subject.image.set_data(zscore(subject.image.data))
+            subject.image.set_data(zscored(subject.image.data))
         return subject
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import median
 from types import ModuleType
 
-import torch
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
 import evaluate
@@ -195,14 +194,14 @@ def evaluate_row(plan: Plan, task: Task) -> dict:
 
 
 def inference_seconds(
-    models: list[nnUNet], volumes: list[Tensor], patch_size: tuple[int, ...], tta: bool = True
+    models: list[nnUNet], volumes: list[np.ndarray], patch_size: tuple[int, ...], tta: bool = True
 ) -> list[float]:
     """Median seconds of `Predictor.volume` over the volumes (modalities, X, Y, Z), by model; `tta`: all mirrorings.
 
     Each volume goes through all models one after another, so that other load on the machine meets all of them.
     """
     predictors = [Predictor(model, patch_size, mirror=tta) for model in models]
-    warm_up = torch.zeros(len(volumes[0]), *patch_size, *[1] * (3 - len(patch_size)))
+    warm_up = np.zeros((len(volumes[0]), *patch_size, 1)[:4], np.float32)
     for predictor in predictors:
         predictor.volume(warm_up)
     seconds = [[] for _ in models]
@@ -214,7 +213,7 @@ def inference_seconds(
     return [median(values) for values in seconds]
 
 
-def make_rows(plan: Plan, volumes: list[Tensor]) -> dict[str, dict]:
+def make_rows(plan: Plan, volumes: list[np.ndarray]) -> dict[str, dict]:
     """The rows of the table by key: of all that is finished in the folder, timed on these volumes."""
     found, sizes, models = finished_rows(plan), {}, []
     tasks = [plan.task(key, seed) for key, seeds in found.items() for seed in seeds]
@@ -251,7 +250,7 @@ def run_plan(plan: Plan) -> None:
         if task.key != HALF:
             evaluate_row(plan, task)
     volumes = plan.data.get(plan.partitions[0])
-    volumes = [volumes[i]["image"].data for i in range(min(TIMED, len(volumes)))]
+    volumes = [volumes[i]["image"].data.numpy() for i in range(min(TIMED, len(volumes)))]
     rows = make_rows(plan, volumes)
 
     about, dataset, epochs = facts(plan.device), plan.data.dataset, plan.settings.epochs

@@ -154,7 +154,7 @@ def predict(args: argparse.Namespace) -> None:
         parts.show_ratios(parts.interleave(sides, args.repeats), " / ".join(sides))
         paths = sorted(path.resolve() for path in images.iterdir())
     recipe = loader.dataset.preprocessing
-    volumes = [preprocess(read_channels(path, recipe)[0], recipe)[0].numpy() for path in paths]
+    volumes = [preprocess(read_channels(path, recipe)[0], recipe).array for path in paths]
     with ExitStack() as stack:  # how memory is allocated belongs to the process
         spawn, sides = multiprocessing.get_context("spawn"), {}
         for side in parts.PREDICTIONS:

@@ -155,10 +155,10 @@ def timed_prediction(side: str, args: argparse.Namespace, volumes: list[np.ndarr
     predictor = Predictor(model, args.patch_size, batch_size=None if ours else 1)
 
     def predict_all() -> None:
-        for volume in map(torch.from_numpy, volumes):
-            labels.append(predictor.volume(volume).argmax(0).flatten())
+        for volume in volumes:
+            labels.append(predictor.volume(volume).argmax(0).ravel())
 
-    return timed(predict_all, args.device)(), torch.cat(labels).byte().numpy()
+    return timed(predict_all, args.device)(), np.concatenate(labels).astype(np.uint8)
 
 
 def timed_steps(args: argparse.Namespace) -> float:
