@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lib.system.error import InputError
+
 
 class Network:
     """A network in use."""
@@ -30,3 +32,13 @@ class Network:
         outputs = np.concatenate(parts) if len(parts) > 1 else parts[0]
         outputs = outputs.reshape(len(mirrorings), len(patches), *outputs.shape[1:])
         return sum(np.flip(output, axes) for output, axes in zip(outputs, mirrorings, strict=True)) / len(mirrorings)
+
+
+def check_patch_size(patch_size: tuple[int, ...], divisor: tuple[int, ...]) -> None:
+    """Raise InputError unless a network of this `divisor` can compute patches of this size."""
+    if len(patch_size) != len(divisor) or any(n % d or n < 2 * d for n, d in zip(patch_size, divisor, strict=True)):
+        least, twice = (" x ".join(map(str, dict.fromkeys(k * d for d in divisor))) for k in (1, 2))
+        raise InputError(
+            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {len(divisor)} numbers, each a multiple "
+            f"of {least} and at least {twice}"
+        )

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +53,7 @@ def predict(args: argparse.Namespace) -> None:
         tqdm.write(line)
     models.prepare()
     replaced = [output for subject in images for output in outputs[subject]]
-    start = partial(begin, record, job, replaced, models.describe())
+    start = partial(begin, record, job, replaced, describe(models))
     noted = None  # the first image whose header disagrees with itself
     with tqdm(total=len(images), desc="predict", unit="image", bar_format=BAR) as bar:
         for i, (subject, files) in enumerate(images.items()):
@@ -77,6 +77,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def find_models(args: argparse.Namespace) -> "RunModels | ExportedModels":
     """The models to predict with. Torch is loaded with those that need it alone. Raises InputError."""
+    if len(args.model_state) != len({path.resolve() for path in args.model_state}):
+        raise InputError(f"--model_state {' '.join(map(str, args.model_state))}: names a model twice; name it once")
     if all_exported(args.model_state):
         from lib.exported import ExportedModels
 
@@ -282,3 +284,23 @@ def describe_job(source: dict, dataset: BaseDataset, predictor: Predictor, preci
     if steps:
         job["postprocessing"] = list(steps)
     return job
+
+
+def describe(models: "RunModels | ExportedModels") -> dict:
+    """What model.json says: the model, and its size before and after pruning (null where the former is not known); of
+    several models the sums, and each for itself."""
+    each, source = models.sizes(), models.source
+    sizes = {key: {when: _sum(one[key][when] for one in each) for when in size} for key, size in each[0].items()}
+    described = {"model": source["path"], "sha256": source["sha256"], "data": models.dataset.name, **sizes}
+    if "models" in source:
+        described["models"] = [
+            {"model": file["path"], "sha256": file["sha256"], **size}
+            for file, size in zip(source["models"], each, strict=True)
+        ]
+    return described
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """None if one is not known."""
+    known = [*numbers]
+    return None if None in known else sum(known)

@@ -193,6 +193,15 @@ def source_identity(path: Path, *others: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({str(error.strerror).lower()}); give another file") from error
 
 
+def joint_source(sources: Sequence[dict]) -> dict:
+    """What says which files some models, each {"path", "sha256"}, are: of several the path of the first, the
+    `joint_digest`, and each for itself."""
+    if len(sources) == 1:
+        return sources[0]
+    joint = joint_digest(source["sha256"] for source in sources)
+    return {"path": sources[0]["path"], "sha256": joint, "models": list(sources)}
+
+
 @contextmanager
 def identified(path: Path) -> Iterator[dict]:
     """The `source_identity` of a file that is read meanwhile. Raises InputError if it changes."""

@@ -1,7 +1,7 @@
 """Models of torch and what their run folders say: the data set, its split, the patch, the post-processing, the size."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from lib.data.BaseDataset import BaseDataset
 from lib.models import compile_model, load_model
 from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
-from lib.record import Record, identified
+from lib.network import check_patch_size
+from lib.record import Record, identified, joint_source
 from lib.settings import Settings
 from lib.system.device import device_of, faster_precision, find_device
 from lib.system.error import InputError
-from lib.system.files import is_listed, joint_digest
+from lib.system.files import is_listed
 from lib.system.process import keep_freed_memory
 from lib.torch_network import TorchNetwork
 from lib.utils import dataset_of
@@ -91,10 +92,10 @@ class RunModels:
             for network in self.networks:
                 compile_model(network.model, device_of(network.model))
 
-    def describe(self) -> dict:
-        """What model.json says."""
-        models = [network.model for network in self.networks]
-        return describe(models, self.source, self.dataset, self.patch_size, list(self.runs.values()))
+    def sizes(self) -> list[dict]:
+        """`sizes_of` each model. Where its run is not known, the widths of the data set count as unpruned."""
+        known = zip(self.networks, self.runs.values(), strict=True)
+        return [sizes_of(network.model, self.dataset, self.patch_size, settings) for network, settings in known]
 
 
 def open_models(paths: Sequence[Path], device: str, runtime: str) -> dict[str, Any]:
@@ -173,10 +174,7 @@ def dataset_of_models(data: str | None, runs: Runs) -> BaseDataset:
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> tuple[tuple[nnUNet, ...], dict]:
-    """All models, and what the record says of their files: of several the path of the first, the `joint_digest`, and
-    each for itself. Raises InputError."""
-    if len(args.model_state) != len({path.resolve() for path in args.model_state}):
-        raise InputError(f"--model_state {' '.join(map(str, args.model_state))}: names a model twice; name it once")
+    """All models, and what the record says of their files. Raises InputError."""
     if len(args.model_state) > 1 and (args.in_filters or args.out_filters):
         flag = "--in_filters" if args.in_filters else "--out_filters"
         raise InputError(f"{flag}: is of one model; leave it out with several --model_state")
@@ -185,10 +183,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> tuple[tuple[n
         with identified(path) as found:
             models.append(load_model(path, device, args.in_filters, args.out_filters))
         sources.append({key: found[key] for key in ("path", "sha256")})
-    if len(sources) == 1:
-        return tuple(models), sources[0]
-    joint = joint_digest(source["sha256"] for source in sources)
-    return tuple(models), {"path": sources[0]["path"], "sha256": joint, "models": sources}
+    return tuple(models), joint_source(sources)
 
 
 def steps_of(paths: Sequence[Path]) -> tuple[tuple, list[str]]:
@@ -217,13 +212,7 @@ def check_model(model: nnUNet, source: Path, dataset: BaseDataset, patch_size: t
         found, needed = getattr(model, what), getattr(dataset, what)
         if found != needed:
             raise InputError(f"{source}: {what} is {found}, --data {dataset.name} needs {needed}")
-    divisor = model.divisor
-    if len(patch_size) != len(divisor) or any(n % d or n < 2 * d for n, d in zip(patch_size, divisor, strict=True)):
-        least, twice = (" x ".join(map(str, dict.fromkeys(k * d for d in divisor))) for k in (1, 2))
-        raise InputError(
-            f"--patch_size {' '.join(map(str, patch_size))}: this model needs {len(divisor)} numbers, each a multiple "
-            f"of {least} and at least {twice}"
-        )
+    check_patch_size(patch_size, model.divisor)
 
 
 def partition_images(dataset: BaseDataset, folder: Path | None, partition: str, runs: Runs) -> dict[str, Images]:
@@ -276,29 +265,6 @@ def agreed_split(runs: Runs, partition: str) -> dict[str, str | int]:
     return first[1]
 
 
-def describe(
-    models: Sequence[nnUNet],
-    source: dict,
-    dataset: BaseDataset,
-    patch_size: tuple[int, ...],
-    settings: Sequence[Settings | None],
-) -> dict:
-    """What model.json says: the model, and its size before and after pruning (null where the former is unknown); of
-    several models the sums, and each for itself.
-
-    `source` are the models' files. `settings` are those of their runs; without them those of the data set count.
-    """
-    each = [sizes_of(model, dataset, patch_size, one) for model, one in zip(models, settings, strict=True)]
-    sizes = {key: {when: _sum(one[key][when] for one in each) for when in size} for key, size in each[0].items()}
-    described = {"model": source["path"], "sha256": source["sha256"], "data": dataset.name, **sizes}
-    if "models" in source:
-        described["models"] = [
-            {"model": file["path"], "sha256": file["sha256"], **size}
-            for file, size in zip(source["models"], each, strict=True)
-        ]
-    return described
-
-
 def sizes_of(
     model: nnUNet, dataset: BaseDataset, patch_size: tuple[int, ...], settings: Settings | None
 ) -> dict[str, dict[str, int | None]]:
@@ -310,9 +276,3 @@ def sizes_of(
         like = {"dim": model.dim, "strides": model.strides, "kernels": model.kernels}
         unpruned = summary(nnUNet(model.modalities, model.n_classes, **planned, **like), patch_size)
     return {key: {"unpruned": unpruned.get(key), "now": now[key]} for key in ("parameters", "flops", "filters")}
-
-
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    """None if one is not known."""
-    known = [*numbers]
-    return None if None in known else sum(known)
