@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from lib.data import resampling
 from lib.data.resampling import new_shape, resample_image, resample_label, resample_probabilities, separate_axis
 
 SHAPES = st.tuples(*[st.integers(1, 9)] * 3)
@@ -90,9 +91,35 @@ def test_images_are_cubic_and_keep_their_range(shape, new, seed):
     result = resample_image(image, new, None)
     assert result.dtype == np.float32 and result.flags.c_contiguous
     expected = image if shape == new else zoom(image, new, 3).clip(image.min(), image.max())
-    np.testing.assert_array_equal(result, expected.astype(np.float32))
+    np.testing.assert_allclose(resample_image(image.astype(np.float64), new, None), expected, rtol=0, atol=1e-10)
+    half_a_step = np.spacing(np.abs(expected).astype(np.float32)) / 2
+    assert (np.abs(result - expected.astype(np.float64)) <= half_a_step + 1e-10).all()  # the nearest float32
     turned = resample_image(np.asfortranarray(image).transpose(1, 2, 0), (new[1], new[2], new[0]), None)
     np.testing.assert_allclose(turned.transpose(2, 0, 1), result, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(("old", "new"), [(90, 200), (200, 90), (33, 33), (1, 40), (150, 1)])
+def test_long_axes_are_resampled_piece_by_piece(old, new, axis, monkeypatch):
+    """More than one product of matrices, and more than one piece of the other axes: all of it is as with scipy."""
+    monkeypatch.setattr(resampling, "PIECE", 300)
+    shape, wanted = (np.insert(others, axis, size) for size, others in ((old, (7, 6)), (new, (5, 9))))
+    image = np.random.default_rng(0).normal(0, 1, shape)
+    expected = zoom(image, wanted, 3).clip(image.min(), image.max())
+    np.testing.assert_allclose(resample_image(image, tuple(wanted), None), expected, rtol=0, atol=1e-12)
+    label = (image > 0.5) + (image > 1).astype(np.uint8)
+    masks = np.stack([zoom(label == value, wanted, 1) for value in range(3)])
+    result = resample_label(label, tuple(wanted), None)
+    np.testing.assert_array_equal(np.take_along_axis(masks, result[None].astype(int), 0)[0], masks.max(0))
+
+
+def test_a_large_image_is_never_held_several_times():
+    image = np.zeros((60, 80, 80), np.float32)
+    tracemalloc.start()
+    resample_image(image, (90, 120, 120), None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * 8 * 120 * 120 * (60 + 90)  # bytes of the last step, from doubles to doubles
 
 
 @settings(deadline=None, max_examples=40)

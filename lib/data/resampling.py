@@ -1,16 +1,21 @@
-"""How nnU-Net resamples images, labels and what a network predicts. Axes in any order; without torch.
+"""How nnU-Net resamples images, labels and what a network predicts. Axes in any order; without torch and scipy.
 
 Grids share the borders of their volume, not the centres of their first voxels. Where the voxels are much longer along
 one axis, the planes across it are resampled one by one, and the nearest of them are taken along it.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from scipy import ndimage
 
 ANISOTROPIC = 3  # longest side of a voxel / shortest: above it one axis is set apart
 LEAST = np.finfo(np.float32).tiny  # probability whose logarithm is taken for that of 0
+POLE = math.sqrt(3) - 2  # of the filter that makes a cubic spline meet the voxels
+REACH = 28  # voxels to each side of a place that tell in its spline: POLE**28 is below double precision
+ROWS = 32  # voxels along an axis whose spline is computed at once
+PIECE = 2**18  # voxels at once, which stay in the processor's cache
 
 
 def new_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
@@ -30,7 +35,7 @@ def separate_axis(spacing: Sequence[float], target: Sequence[float]) -> int | No
 
 def resample_image(channel: np.ndarray, shape: tuple[int, ...], separate: int | None) -> np.ndarray:
     """A channel to `shape`, of its type: cubic, within its lowest and highest intensity; see `separate_axis`."""
-    return _resample(channel, shape, separate, lambda array, size: _zoom(array, size, 3))
+    return _resample(channel, shape, separate, _cubic)
 
 
 def resample_label(label: np.ndarray, shape: tuple[int, ...], separate: int | None) -> np.ndarray:
@@ -93,32 +98,111 @@ def _resample(array: np.ndarray, shape: tuple[int, ...], separate: int | None, r
     return result
 
 
-def _zoom(array: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
-    """Spline interpolation in double precision, without smoothing; clipped to the range of the array, of its type
-    (boolean arrays become double)."""
-    factors = [new / old for old, new in zip(array.shape, shape, strict=True)]
-    zoomed = ndimage.zoom(array.astype(np.float64, order="C"), factors, order=order, mode="nearest", grid_mode=True)
-    zoomed.clip(array.min(), array.max(), out=zoomed)
-    return zoomed if array.dtype == bool else zoomed.astype(array.dtype, copy=False)
+def _cubic(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Cubic spline interpolation in double precision, without smoothing, axis by axis; clipped to the range of the
+    array, of its type. Beyond its border the array goes on with its outermost voxels. The shapes differ."""
+    values = np.ascontiguousarray(array)
+    for axis in sorted(range(array.ndim), key=lambda at: shape[at] / array.shape[at]):  # the most shrinking one first
+        if shape[axis] != array.shape[axis]:
+            values = _spline_along(values, axis, shape[axis])
+    values.clip(array.min(), array.max(), out=values)
+    return values.astype(array.dtype, copy=False)
+
+
+def _spline_along(values: np.ndarray, axis: int, new: int) -> np.ndarray:
+    """The cubic spline along an axis at `new` places, as double precision. Both arrays are in C's order."""
+    before, old, after = math.prod(values.shape[:axis]), values.shape[axis], math.prod(values.shape[axis + 1 :])
+    source, result = values.reshape(before, old, after), np.empty((before, new, after))
+    target = result
+    if after == 1:  # each product is then of a whole plane, not of a line
+        source, target = source.T, result.T
+    products, n = _spline(old, new), max(1, PIECE // old)
+    for lines, wanted in zip(source, target, strict=True):
+        for start in range(0, lines.shape[1], n):
+            piece = lines[:, start : start + n].astype(np.float64, copy=False)
+            for rows, columns, weights in products:
+                wanted[rows, start : start + n] = weights @ piece[columns]
+    return result.reshape(*values.shape[:axis], new, *values.shape[axis + 1 :])
+
+
+def _spline(old: int, new: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """The cubic spline through `old` voxels at `new` places as products of matrices: for some rows of the result which
+    voxels tell in them, and with what weights.
+
+    A spline is a sum of B-splines, of which four are not 0 at a place. Their coefficients are the voxels, filtered by
+    sqrt(3) * POLE**|distance|; so the two together weight each voxel around the place.
+    """
+    places = _places(old, new)
+    first = np.floor(places).astype(int)
+    t = (places - first)[:, None]
+    b_splines = np.hstack([(1 - t) ** 3, 4 - 3 * t**2 * (2 - t), 4 - 3 * (1 - t) ** 2 * (1 + t), t**3]) / 6
+    around = np.arange(-REACH, REACH + 2)
+    weights = b_splines @ (math.sqrt(3) * POLE ** np.abs(around - np.arange(-1, 3)[:, None]))
+    voxels = (first[:, None] + around).clip(0, old - 1)
+    products = []
+    for start in range(0, new, ROWS):
+        rows = slice(start, min(start + ROWS, new))
+        columns = slice(voxels[rows].min(), voxels[rows].max() + 1)
+        matrix = np.zeros((rows.stop - start, columns.stop - columns.start))
+        np.add.at(matrix, (np.arange(len(matrix))[:, None], voxels[rows] - columns.start), weights[rows])
+        products.append((rows, columns, matrix))
+    return products
 
 
 def _most_likely(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Each voxel gets the label whose mask, interpolated linearly, is largest there. Among several it is that of the
     nearest voxel, or the smallest if that is none of them."""
-    value, *others = np.unique(label)
-    result = np.full(shape, value)
-    if not others:
-        return result
-    nearest = _zoom(label, shape, 0)
-    best, nearest_is_best = _zoom(label == value, shape, 1), nearest == value
-    for value in others:
-        score = _zoom(label == value, shape, 1)
-        better = score > best
-        nearest_is_best &= ~better
-        nearest_is_best |= (nearest == value) & (score >= best)
-        result[better] = value
-        np.maximum(best, score, out=best)
-    return np.where(nearest_is_best, nearest, result)
+    sizes = list(zip(label.shape, shape, strict=True))
+    result = label[np.ix_(*(_nearest(*size) for size in sizes))]
+    axes = [_corners(*size) for size in sizes]
+    n = max(1, PIECE // math.prod(shape[1:]))
+    for start in range(0, shape[0], n):
+        chosen = slice(start, start + n)
+        first, *others = axes
+        slab = [tuple(side[chosen] for side in part) for part in first], *others
+        part = result[chosen]
+        mixed = np.nonzero(_differ(label, [voxels for voxels, _ in slab]))
+        if len(mixed[0]):
+            part[mixed] = _vote(label, part[mixed], slab, mixed)
+    return result
+
+
+def _differ(label: np.ndarray, corners: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Which voxels of a grid do not have the same label at all of their corners."""
+    least = most = label
+    for axis, (lower, upper) in enumerate(corners):
+        least = np.minimum(least.take(lower, axis), least.take(upper, axis))
+        most = np.maximum(most.take(lower, axis), most.take(upper, axis))
+    return least != most
+
+
+def _vote(label: np.ndarray, nearest: np.ndarray, axes: Sequence[tuple], places: tuple[np.ndarray, ...]) -> np.ndarray:
+    """What `_most_likely` says of single voxels at the `places` of a grid with these `_corners`, of the label `nearest`
+    to each. Sums and products are in the order of scipy.ndimage.zoom, so that ties are the same to the last bit."""
+    corners = []
+    for corner in itertools.product((0, 1), repeat=label.ndim):
+        at = tuple(voxels[side][place] for (voxels, _), side, place in zip(axes, corner, places, strict=True))
+        weight = math.prod(weights[side][place] for (_, weights), side, place in zip(axes, corner, places, strict=True))
+        corners.append((label[at], weight))
+
+    def score(value: np.ndarray) -> np.ndarray:
+        return sum((found == value) * weight for found, weight in corners)
+
+    chosen, best = nearest.copy(), score(nearest)
+    for value in np.unique([found for found, _ in corners]):
+        better = (now := score(value)) > best
+        chosen[better], best[better] = value, now[better]
+    return chosen
+
+
+def _corners(old: int, new: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """For each of `new` voxels of an axis the two of `old` ones that it lies between, and their weights. Beyond the
+    outermost voxel both are this one."""
+    places = _places(old, new)
+    lower = np.floor(places)
+    weight = 1 - (places - lower)
+    lower = lower.astype(int)
+    return (lower.clip(0, old - 1), (lower + 1).clip(0, old - 1)), (weight, 1 - weight)
 
 
 def _places(old: int, new: int) -> np.ndarray:
