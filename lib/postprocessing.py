@@ -1,5 +1,5 @@
 """nnU-Net's post-processing: of the whole foreground, or of a class, only the largest component stays, where that
-raises the Dice of the validation cases. It needs no torch.
+raises the Dice of the validation cases. It needs neither torch nor scipy.
 
 A step is "foreground" or the index of a class; steps are done in their order. RUN/postprocessing.json holds what was
 decided for one model: {"model", "sha256", "steps", "reasons"}.
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
+from lib.data.components import box_of, components
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text, write_json
 
@@ -48,21 +48,16 @@ def apply(labels: np.ndarray, steps: Iterable[Step]) -> np.ndarray:
 
 def _largest(mask: np.ndarray) -> np.ndarray:
     """The largest components of a mask; the very same array where that is all of it."""
-    largest = np.zeros_like(mask)
-    inside, target = (array.T if np.isfortran(mask) else array for array in (mask, largest))  # scipy wants C's order
-    box = _box(inside)
-    components, n = ndimage.label(inside[box], np.ones((3,) * mask.ndim))
-    sizes = np.bincount(components.reshape(-1))[1:]
-    if n < 2 or (sizes == sizes.max()).all():
+    box = box_of(mask)
+    if box is None:
         return mask
-    target[box] = np.concatenate([[False], sizes == sizes.max()])[components]
+    numbers = components(mask[box], corners=True)
+    sizes = np.bincount(numbers.reshape(-1, order="A"))[1:]
+    if (sizes == sizes.max()).all():
+        return mask
+    largest = np.zeros_like(mask)
+    largest[box] = np.concatenate([[False], sizes == sizes.max()])[numbers]
     return largest
-
-
-def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds a mask; its first voxel where it is empty."""
-    found = ndimage.find_objects(mask.view(np.uint8))
-    return found[0] if found else (slice(0, 1),) * mask.ndim
 
 
 # --- the decision -----------------------------------------------------------------------------------------------------
@@ -76,8 +71,7 @@ def count(predicted: np.ndarray, truth: np.ndarray, n_classes: int) -> np.ndarra
     Voxels whose `truth` is `n_classes` do not count. No class's step changes another class, so these are all that any
     choice of steps can come to.
     """
-    either = (predicted != 0) | (truth != 0)
-    box = _box(either.T)[::-1] if np.isfortran(either) else _box(either)
+    box = box_of((predicted != 0) | (truth != 0)) or (slice(0, 1),) * predicted.ndim
     predicted, truth = predicted[box], truth[box]
     counted, counts = truth != n_classes, np.zeros((2, 2, n_classes - 1, 3), np.int64)
     whole = keep_largest(predicted, FOREGROUND)

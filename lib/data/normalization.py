@@ -1,9 +1,10 @@
-"""How nnU-Net crops an image to what is not 0, and normalizes the intensities of a channel. Without torch."""
+"""How nnU-Net crops an image to what is not 0, and normalizes the intensities of a channel. Without torch and scipy."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
+
+from lib.data.components import box_of, components
 
 SCHEMES = ("ct", "nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1")
 SMALLEST = 1e-8  # what intensities are divided by at least
@@ -35,10 +36,10 @@ def nonzero(channels: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice, slice
     A hole is what no path over the faces of zero voxels joins to the border of the volume.
     """
     mask = (channels != 0).any(0)
-    (box,) = ndimage.find_objects(mask.view(np.uint8)) or [tuple(slice(0, size) for size in mask.shape)]
+    box = box_of(mask) or tuple(slice(0, size) for size in mask.shape)
     inner = mask[box]  # holes lie within the box, and their counterparts reach its faces
-    holes, n = ndimage.label(~inner)
-    hole = np.ones(n + 1, bool)
+    holes = components(~inner, corners=False)
+    hole = np.ones(holes.max() + 1, bool)
     hole[0] = False  # the mask itself
     for axis in range(3):
         hole[holes.take([0, -1], axis)] = False
