@@ -8,11 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
-import filelock._native._unix as native
 import pytest
 from processes import wait_until
 
-from lib.system import files
+from lib.system import files, locks
 from lib.system.error import InputError
 from lib.system.files import locked, made, read_text
 
@@ -87,7 +86,7 @@ def test_what_a_killed_process_left_is_swept_away(writer, tmp_path):
 
 def test_a_file_that_was_swept_away_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     """A sweep can come between the making of a file and its lock."""
-    lock, swept = files.fcntl.flock, []
+    lock, swept = locks.fcntl.flock, []
 
     def sweep_then_lock(file, operation):
         if not swept:
@@ -96,7 +95,7 @@ def test_a_file_that_was_swept_away_before_it_was_locked_is_made_again(tmp_path,
             assert not list(tmp_path.iterdir())
         lock(file, operation)
 
-    monkeypatch.setattr(files.fcntl, "flock", sweep_then_lock)
+    monkeypatch.setattr(locks.fcntl, "flock", sweep_then_lock)
     files.write_text(tmp_path / "file", "text")
     assert swept and [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "text"
 
@@ -241,6 +240,6 @@ def test_a_file_system_without_locks_is_worked_on_and_said(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(native.fcntl, "flock", fail)
+    monkeypatch.setattr(locks.fcntl, "flock", fail)
     with locked(tmp_path):
         assert f"{tmp_path}: its file system has no locks" in capsys.readouterr().out

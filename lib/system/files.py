@@ -4,6 +4,7 @@ import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -12,20 +13,15 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lib.system.error import InputError
-from lib.system.process import check_stopped
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from lib.system.locks import hold, lock, release
 
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
 SUMS = "SHA256SUMS"
 LARGEST_JSON = 50 * 2**20  # bytes of what others have written; a table of 100,000 cases has a third of it
+WINDOWS = os.name == "nt"
 MOMENT_S = 0.2  # that another command may take to end
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -111,11 +107,11 @@ def _open_temporary(path: Path) -> BinaryIO:
     another container."""
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115 (the caller does)
-        if fcntl is None:
-            file.close()  # Windows renames no open file
+        if WINDOWS:
+            file.close()  # it renames no open file
             return file
         with suppress(OSError):  # a file system without locks, where `sweep` gets none either
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         if os.path.exists(file.name):
             return file
         file.close()  # `sweep` had it before it was locked
@@ -123,15 +119,16 @@ def _open_temporary(path: Path) -> BinaryIO:
 
 def sweep(folder: Path) -> None:
     """Delete the temporary files that killed processes have left: those that nobody has locked."""
-    for path in folder.iterdir() if fcntl is not None else ():
+    for path in folder.iterdir() if not WINDOWS else ():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             with suppress(OSError), open(path, "rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if lock(file):
+                    path.unlink()
 
 
 def write_text(path: Path, text: str, **replace: bool) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text), **replace)
+    """UTF-8 with \\n, as `read_text` reads it, whatever the system's own way."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"), **replace)
 
 
 def write_json(path: Path, content: object, **replace: bool) -> None:
@@ -213,16 +210,15 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     that says so. Raises OSError where the lock cannot be made.
     """
     path = folder / ".lock"
-    lock = FileLock(path, fallback_to_soft=False)  # a soft one goes by process numbers
+    file = None
     try:
-        lock.acquire(timeout=MOMENT_S)
-    except Timeout:
-        if not wait:
-            raise InputError(
-                f"{folder}: another command is writing there; wait for its end, or take another folder"
-            ) from None
-        tqdm.write(f"{folder}: another process works there; waiting for its end")
-        lock.acquire(cancel_check=check_stopped)
+        if (file := hold(path, MOMENT_S)) is None:
+            if not wait:
+                raise InputError(
+                    f"{folder}: another command is writing there; wait for its end, or take another folder"
+                )
+            tqdm.write(f"{folder}: another process works there; waiting for its end")
+            file = hold(path, math.inf)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -230,10 +226,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not wait:
-            with suppress(OSError):  # Windows, where it goes with its release
-                path.unlink(missing_ok=True)  # nobody waits for it
-        lock.release()
+        if file:
+            release(file, delete=not wait)  # or others may be waiting for it
+        elif not wait:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
