@@ -1,5 +1,7 @@
 """Flat images: integrity, grey and colour, against SimpleITK where it reads them rightly."""
 
+import sys
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -11,6 +13,7 @@ from PIL import Image
 from lib.data import images
 from lib.data.geometry import codes
 from lib.system.error import InputError
+from lib.system.files import write_atomically
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 GREY = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(np.uint8)  # (y, x)
@@ -121,3 +124,19 @@ def test_labels_are_written_without_loss(tmp_path, suffix):
         np.testing.assert_array_equal(images.read_label(path, n).array, labels)
         images.write(path, labels, header)
         assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_without_pillow_one_line_says_what_to_do(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(GREY).save(path)
+    header = images.read(path).header
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    message = f"^{tmp_path}/a{suffix}: {suffix} files need Pillow; pip install pillow$"
+    for reader in (images.read, images.read_geometry, images.n_channels):
+        with pytest.raises(InputError, match=message):
+            reader(path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=message):
+        write_atomically(path, lambda temporary: images.write(temporary, GREY.T[..., None], header))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before

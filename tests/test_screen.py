@@ -90,3 +90,11 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(own, spins
     if "GOMP_SPINCOUNT" not in found.stderr:
         pytest.skip("this is not GNU's OpenMP")
     assert f"GOMP_SPINCOUNT = '{spins}'" in found.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_name_that_the_screen_cannot_show_is_printed_with_escapes(unbuffered):
+    code = "from lib.system.screen import keep_screen; keep_screen(); print('Gr\\xf6\\xdfe \\u03b1 \\udcff')"
+    for encoding, shown in (("ascii", r"Gr\xf6\xdfe \u03b1 \udcff"), ("utf-8", "Größe α \\udcff")):
+        result = python(code, PYTHONIOENCODING=f"{encoding}:strict", PYTHONUNBUFFERED=unbuffered)
+        assert (result.returncode, result.stdout, result.stderr) == (0, shown + "\n", "")

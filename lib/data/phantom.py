@@ -1,5 +1,7 @@
 """Synthetic data sets: short-axis cine MRI laid out and labelled like ACDC (Bernard et al., IEEE TMI 2018), and small
-abdominal CT laid out and labelled like KiTS (Heller et al., arXiv 1904.00445)."""
+abdominal CT laid out and labelled like KiTS (Heller et al., arXiv 1904.00445).
+
+scipy is imported where they are drawn: who reads other images does without it."""
 
 import json
 import os
@@ -8,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
 
 from lib.data.nifti import create
 from lib.system.error import InputError
@@ -61,7 +62,7 @@ def _write_once(folder: Path, description: dict, n_files: int, write: Callable[[
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             new = Path(temporary) / folder.name
             write(new)
-            (new / "phantom.json").write_text(marker)
+            (new / "phantom.json").write_text(marker, newline="\n")
             try:
                 os.rename(new, folder)
             except OSError:  # another process may have been faster
@@ -225,6 +226,8 @@ def _paint_chest(canvas: _Canvas, heart, epi, rng: np.random.Generator) -> None:
 
 def _scan(image, rng: np.random.Generator):
     """The image (X, Y, Z) int16 that the scanner makes: tissue texture, bias field of the coil, Rician noise, gain."""
+    from scipy.ndimage import gaussian_filter, zoom
+
     texture = gaussian_filter(rng.normal(size=image.shape), (1.2, 1.2, 0.5))
     image = image * (1 + 0.1 * texture / texture.std())
     coarse = rng.normal(0, 0.25, (4, 4, 2))
@@ -239,6 +242,8 @@ def _scan(image, rng: np.random.Generator):
 def _draw_abdomen(shape, spacing_mm, rng: np.random.Generator):
     """Image (X, Y, Z) int16 and label (X, Y, Z) uint8: two kidneys, a tumor on one of them or none, and organs, bowel
     and vessels of which some are as bright as the kidneys. Axes run to inferior, posterior and left."""
+    from scipy.ndimage import gaussian_filter
+
     mm = np.meshgrid(*(s * (np.arange(n) - (n - 1) / 2) for n, s in zip(shape, spacing_mm, strict=True)), indexing="ij")
     image, label = np.full(shape, -1000.0), np.zeros(shape, np.uint8)
 

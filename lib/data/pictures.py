@@ -1,6 +1,7 @@
 """Flat images (.png, .bmp, .tif): their voxels and integrity. Whoever wants an image or labels asks `lib.data.images`.
 
-Pillow reads them. It is imported where it is needed: processes that read NIfTI files alone start faster without it.
+Pillow reads them. It is imported where it is needed: processes that read NIfTI files alone start faster without it, and
+do not even need it installed.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import io
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from lib.data.geometry import FLAT, Geometry, PlainHeader, Volume
 from lib.data.nifti import unreadable
 from lib.system.error import InputError
+from lib.system.files import final_name
 
 FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}  # in Pillow
 SPACING_MM = (1.0, 1.0, float(FLAT))  # of all flat images
@@ -60,24 +63,30 @@ def n_channels(path: str | Path) -> int:
 
 def write(path: Path, array: np.ndarray, suffix: str) -> None:
     """Write labels (X, Y, 1) as a file of the type `suffix`, without loss. Equal arrays give equal bytes. Raises
-    OSError."""
-    from PIL import Image
-
+    OSError, or InputError where Pillow is missing."""
+    pillow = _pillow(path.with_name(final_name(path)))
     array = array[..., 0].T.astype(np.uint8 if array.max() <= 255 else np.uint16)
     compression = {"compression": "tiff_adobe_deflate"} if FORMATS[suffix] == "TIFF" else {}
-    Image.fromarray(array).save(path, FORMATS[suffix], **compression)
+    pillow.fromarray(array).save(path, FORMATS[suffix], **compression)
+
+
+def _pillow(path: Path) -> ModuleType:
+    """Pillow's module of images. Raises InputError, which names the file that needs it, where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError(f"{path}: {path.suffix} files need Pillow; pip install pillow") from None
+    return Image
 
 
 def _opened(path: Path, content: bytes) -> Any:
     """Pillow's image of what a file holds, of which it has read the header."""
-    from PIL import Image, UnidentifiedImageError
-
-    kind = FORMATS[path.suffix]
+    kind, pillow = FORMATS[path.suffix], _pillow(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd fields, and of sizes that are large
-            return Image.open(io.BytesIO(content), formats=[kind])
-    except UnidentifiedImageError as error:
+            return pillow.open(io.BytesIO(content), formats=[kind])
+    except pillow.UnidentifiedImageError as error:
         raise ValueError(f"it is no {kind} file, or its header is damaged") from error
 
 

@@ -1,4 +1,4 @@
-"""Command lines: arguments that say what is wrong with them, and how a script ends."""
+"""Command lines: arguments that say what is wrong with them, and how a script ends. Without torch."""
 
 import argparse
 import difflib
@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
-
-import torch
 
 from lib.system import distributed
 from lib.system.error import InputError
@@ -140,8 +138,14 @@ def run_script(main: Callable[[], None], after_stop: str = "") -> int:
                     file=sys.stderr,
                 )
                 return 1
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
+            if not _is_out_of_memory(error):
                 raise
             line = "not enough memory; try a smaller --batch_size or --patch_size"
         print(f"{name}: error: {line}", file=sys.stderr)
         return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # its own kind of error comes only where it has been loaded
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
+    return isinstance(error, kinds) or "memory" in str(error)

@@ -4,22 +4,24 @@ Each process is a rank, counted from 0, and only the first one writes. All ranks
 every function of this module equally often, since they wait for one another there. Whatever a decision rests on is made
 equal on all ranks first, to the last bit, so that they decide the same without talking about it. Nothing is pickled:
 values travel as JSON, arrays as tensors. Without torchrun there is one rank, and all is left as it is.
+
+torch is imported where there are several: a command that predicts without it asks here, too, which rank it is.
 """
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 from lib.system.error import InputError
 from lib.system.process import Stopped
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LOST = "another process of this training has ended, or cannot be reached"
 PATIENCE = timedelta(hours=2)  # the first rank may have to preprocess a data set, or wait for a lock
@@ -41,6 +43,9 @@ def process_group() -> Iterator[None]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
@@ -56,12 +61,20 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _joined() -> ModuleType | None:
+    """torch.distributed, if this process has joined others, which only torch does."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    dist = _joined()
+    return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    dist = _joined()
+    return dist.get_world_size() if dist else 1
 
 
 def is_main() -> bool:
@@ -71,7 +84,7 @@ def is_main() -> bool:
 
 def local_rank() -> int:
     """The number of this process among those of its machine: which GPU it takes; 0 fills the machine's cache."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+    return int(os.environ["LOCAL_RANK"]) if _joined() else 0
 
 
 def share(n: int) -> slice:
@@ -79,20 +92,25 @@ def share(n: int) -> slice:
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def parallel(model: "nn.Module") -> "nn.Module":
     """`model` with a backward pass that averages the gradients over the ranks, who start from the first one's weights.
 
     It must be made anew where parameters were replaced.
     """
     if world_size() == 1:
         return model
+    from torch.nn.parallel import DistributedDataParallel
+
     return DistributedDataParallel(model)
 
 
-def total(tensor: Tensor) -> Tensor:
+def total(tensor: "Tensor") -> "Tensor":
     """The sum over the ranks, added in their order."""
     if world_size() == 1:
         return tensor
+    import torch
+    import torch.distributed as dist
+
     own = tensor.detach().cpu().contiguous()
     parts = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(parts, own)
@@ -103,6 +121,9 @@ def gather(value: object) -> list:
     """The JSON-able `value` of every rank, in their order."""
     if world_size() == 1:
         return [value]
+    import torch
+    import torch.distributed as dist
+
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(own)]))
@@ -118,9 +139,11 @@ def broadcast_from_main(value: object) -> object:
     return gather(value if is_main() else None)[0] if world_size() > 1 else value
 
 
-def broadcast(tensor: Tensor, source: int) -> Tensor:
+def broadcast(tensor: "Tensor", source: int) -> "Tensor":
     """Overwrite a CPU tensor with that of the rank `source`, which has its shape and type."""
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.broadcast(tensor, source)
     return tensor
 
@@ -149,6 +172,9 @@ def agreed() -> Iterator[None]:
         own = error
     if world_size() == 1:
         return
+    import torch
+    import torch.distributed as dist
+
     signal = own.number if isinstance(own, Stopped) else 0
     failed = own is not None and not signal
     state = torch.tensor([rank() if failed else world_size(), -signal])
@@ -174,4 +200,7 @@ def main_only(work: Callable[..., None]) -> Callable[..., None]:
 def is_lost(error: Exception) -> bool:
     """Whether the error says that another rank has ended, or cannot be reached any more."""
     words = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-    return world_size() > 1 and (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words))
+    dist = _joined()
+    if not dist or world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

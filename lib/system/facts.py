@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lib.system import distributed
+
+if TYPE_CHECKING:
+    import torch
 
 
 def git_revision(project: Path) -> str | None:
@@ -26,11 +28,13 @@ def git_revision(project: Path) -> str | None:
     return revision if Path(folder).resolve() == project.resolve() else None
 
 
-def facts(device: torch.device | None = None, script: str | None = None) -> dict:
+def facts(device: "torch.device | None" = None, script: str | None = None) -> dict:
     """What a run must tell of itself: command, versions, machine (with the GPU, if `device` is one), git revision.
 
     `script` is the file of the command, where Python reads it from standard input and the command does not name it.
     """
+    import torch  # not for `git_revision`
+
     packages = ("torch", "torchio", "nibabel", "numpy", "scipy", "SimpleITK")
     name, *arguments = sys.argv
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

@@ -16,12 +16,11 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from lib.system.error import InputError
-from lib.system.locks import hold, lock, release
+from lib.system.locks import fcntl, hold, lock, release
 
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
 SUMS = "SHA256SUMS"
 LARGEST_JSON = 50 * 2**20  # bytes of what others have written; a table of 100,000 cases has a third of it
-WINDOWS = os.name == "nt"
 MOMENT_S = 0.2  # that another command may take to end
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -107,8 +106,8 @@ def _open_temporary(path: Path) -> BinaryIO:
     another container."""
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115 (the caller does)
-        if WINDOWS:
-            file.close()  # it renames no open file
+        if fcntl is None:
+            file.close()  # Windows renames no open file
             return file
         with suppress(OSError):  # a file system without locks, where `sweep` gets none either
             lock(file, wait=True)
@@ -119,7 +118,7 @@ def _open_temporary(path: Path) -> BinaryIO:
 
 def sweep(folder: Path) -> None:
     """Delete the temporary files that killed processes have left: those that nobody has locked."""
-    for path in folder.iterdir() if not WINDOWS else ():
+    for path in folder.iterdir() if fcntl is not None else ():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             with suppress(OSError), open(path, "rb+") as file:
                 if lock(file):

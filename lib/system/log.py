@@ -22,7 +22,7 @@ class Log:
         tqdm.write(text)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(f"{now} {line}\n" for line in text.splitlines())
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error

@@ -41,7 +41,8 @@ class _Screen(io.FileIO):
 
 def keep_screen() -> None:
     """From now on nothing that is printed raises OSError: the reader of a pipe may leave, a disk be full, a terminal
-    be gone. Streams that are no plain files (a notebook's, a test's) stay what they are."""
+    be gone. Nor UnicodeError: for letters that the stream's encoding lacks it gets escapes. Streams that are no plain
+    files (a notebook's, a test's) stay what they are."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is not io.TextIOWrapper or type(_raw(stream)) is not io.FileIO:
@@ -50,8 +51,9 @@ def keep_screen() -> None:
             stream.flush()
         raw = _Screen(stream.fileno(), "w", closefd=False)
         buffer = raw if stream.buffer is _raw(stream) else io.BufferedWriter(raw)  # the former with python -u
+        errors = "backslashreplace" if stream.errors == "strict" else stream.errors
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, **how))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, errors, **how))
 
 
 def _raw(stream: io.TextIOWrapper) -> io.RawIOBase:
