@@ -1,7 +1,11 @@
 """The floors of lib: a module imports only from floors below its own, so data flows one way."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train", "predict", "evaluate"]
@@ -21,6 +25,14 @@ FLOORS = [  # from the ground up; what stands in one line may be in any order
     SCRIPTS,
     ["lib.experiments.benchmark"],  # which runs the scripts
 ]
+
+WITHOUT_TORCH = [  # what the prediction of an exported model needs, where no more is installed than the packages for it
+    *["lib.data", "lib.data.images", "lib.data.nifti", "lib.data.itk", "lib.data.geometry", "lib.data.normalization"],
+    *["lib.data.resampling", "lib.data.components", "lib.data.definition", "lib.data.raw", "lib.postprocessing"],
+    *["lib.record", "lib.system.cli", "lib.system.files", "lib.system.log", "lib.system.process", "lib.system.screen"],
+]
+NOT_INSTALLED = ["torch", "torchio", "scipy", "filelock", "PIL", "onnx"]
+NOT_ON_WINDOWS = ["fcntl", "resource", "pwd", "grp", "termios"]
 
 
 def imports():
@@ -71,3 +83,46 @@ def test_no_modules_import_one_another():
 
     for module in list(above):
         visit(module)
+
+
+@pytest.mark.parametrize("missing", [NOT_INSTALLED, NOT_INSTALLED + NOT_ON_WINDOWS])
+def test_an_image_is_read_resampled_and_written_without_torch(missing, tmp_path):
+    """In a process of its own, where these modules cannot be imported. Those that Windows
+    lacks are taken away when Python's own library has what it needs of them, and an empty msvcrt comes."""
+    code = f"""
+import concurrent.futures.process, importlib, sys
+from types import ModuleType
+sys.modules.update(dict.fromkeys({missing}))
+if "fcntl" in {missing}:
+    sys.modules["msvcrt"] = ModuleType("msvcrt")
+for name in {WITHOUT_TORCH}:
+    importlib.import_module(name)
+from pathlib import Path
+import numpy as np
+from lib.data import images, nifti
+from lib.data.normalization import nonzero
+from lib.data.resampling import resample_image, resample_label
+from lib.postprocessing import keep_largest
+from lib.system.cli import run_script
+from lib.system.files import write_atomically
+
+def main():
+    path = Path(sys.argv[1]) / "größer als ein Bild.nii.gz"
+    array = np.zeros((5, 6, 7), np.float32)
+    array[1:4, 1:4, 1:4], array[2, 2, 2], array[4, 5, 6] = 7, 0, 9
+    nifti.create(path, array, np.eye(4))
+    volume = images.read_image(path)
+    inside, box = nonzero(volume.array[None])
+    print(inside.sum(), [(side.start, side.stop) for side in box])
+    print(resample_image(volume.array, (10, 12, 14), None).max(), resample_label(array, (3, 3, 3), 0).max())
+    labels = keep_largest(inside.astype(np.uint8), 1)
+    write_atomically(path, lambda temporary: images.write(temporary, labels, volume.header))
+    print(images.read_label(path, 2).array.sum())
+    raise RuntimeError("out of memory")
+
+print(run_script(main), sorted({{"torch", "scipy"}} & {{name for name, module in sys.modules.items() if module}}))
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["28 [(1, 5), (1, 6), (1, 7)]", "9.0 7.0", "27", "2 []"], result.stderr
+    assert result.stderr == "-c: error: not enough memory; try a smaller --batch_size or --patch_size\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["größer als ein Bild.nii.gz"]
