@@ -21,13 +21,14 @@ from lib.data.definition import VALID
 from lib.data.raw import check, is_file_name, is_int, is_text
 from lib.postprocessing import FOREGROUND, Step
 from lib.system.error import InputError
-from lib.system.files import digest
+from lib.system.files import digest, joint_digest
 
 FORMAT = 1  # of the metadata
 KEY, SUM, NOTICE = "sauron", "sauron_sha256", "notice"  # properties of the file
 RESEARCH = "For research use only: no medical device, not validated for clinical use."
 IMAGE, PROBABILITIES = "image", "probabilities"  # input and output of the graph
 OPSET, IR_VERSION = 17, 8
+KINDS = {"f": 1, "i": 2, "ints": 7}  # of attributes, as their type says
 EPSILON, SLOPE = 1e-5, 0.01  # of the instance norm, and of the leaky ReLU
 DIMS = ("batch", "axis_1", "axis_2", "axis_3")  # names of the sizes that are free; the channels lie behind the first
 LARGEST = 2**31 - 1  # bytes of a file
@@ -197,6 +198,7 @@ def _read_graph(graph: dict) -> Graph:
     check(len(graph["initializer"]) <= MOST_TENSORS, f"has {len(graph['initializer'])} tensors of weights")
     tensors = {tensor["name"]: _shape_of(tensor) for tensor in graph["initializer"]}
     check(len(tensors) == len(graph["initializer"]), "has two tensors of one name")
+    check(IMAGE not in tensors, "is broken: its input is a tensor of weights")
     modalities, n_axes = _read_end(graph["input"], IMAGE, "input")
     maps, filters, scales = {IMAGE: Maps(modalities, (1,) * n_axes)}, {}, []
     for node in graph["node"]:
@@ -291,29 +293,39 @@ def _conv_transpose(inputs: list[Maps], weights: list[tuple[int, ...]], attribut
 def _instance_norm(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
     (x,) = inputs
     check(weights == [(x.n,)] * 2, "its weights")
-    check(set(attributes) == {"epsilon"} and attributes["epsilon"]["f"] == np.float32(EPSILON), "its epsilon")
+    check(
+        set(attributes) == {"epsilon"} and _attribute(attributes, "epsilon", "f") == np.float32(EPSILON), "its epsilon"
+    )
     return x
 
 
 def _leaky_relu(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
     check(not weights, "its weights")
-    check(set(attributes) == {"alpha"} and attributes["alpha"]["f"] == np.float32(SLOPE), "its alpha")
+    check(set(attributes) == {"alpha"} and _attribute(attributes, "alpha", "f") == np.float32(SLOPE), "its alpha")
     return inputs[0]
 
 
 def _softmax(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
-    check(not weights and set(attributes) == {"axis"} and attributes["axis"]["i"] == 1, "its axis")
+    check(not weights and set(attributes) == {"axis"} and _attribute(attributes, "axis", "i") == 1, "its axis")
     return inputs[0]
 
 
 def _concat(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
-    check(not weights and set(attributes) == {"axis"} and attributes["axis"]["i"] == 1, "its axis")
+    check(not weights and set(attributes) == {"axis"} and _attribute(attributes, "axis", "i") == 1, "its axis")
     check(len({maps.scale for maps in inputs}) == 1, "its sizes")
     return Maps(sum(maps.n for maps in inputs), inputs[0].scale)
 
 
+def _attribute(attributes: dict, name: str, kind: str) -> Any:
+    """The value of an attribute of the `kind` "f", "i" or "ints". Raises KeyError, or ValueError for another kind."""
+    one = attributes[name]
+    others = [one[key] for key in KINDS if key != kind]
+    check(one["type"] == KINDS[kind] and one[kind] is not None and not any(others), f"its {name}")
+    return one[kind]
+
+
 def _ints(attributes: dict, name: str) -> tuple[int, ...]:
-    return tuple(attributes[name]["ints"])
+    return tuple(_attribute(attributes, name, "ints"))
 
 
 LAYERS: dict[str, Callable[[list[Maps], list[tuple[int, ...]], dict], Maps]] = {
@@ -614,11 +626,11 @@ def _parsed(path: Path, data: bytes) -> OnnxFile:
         Preprocessing.of_dict(metadata["preprocessing"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"has broken metadata: {error}") from error
-    right = content_digest(bytes(model["graph"]), properties[KEY])
+    right = content_digest(model["graph"], properties[KEY])
     check(properties[SUM] == right, "is damaged or was changed since it was written: its checksum is another one")
     return OnnxFile(path, data, digest(data), metadata, graph)
 
 
-def content_digest(graph: bytes, metadata: str) -> str:
+def content_digest(graph: bytes | memoryview, metadata: str) -> str:
     """What tells whether network or metadata have changed: the SHA-256 of both."""
-    return digest(graph + metadata.encode())
+    return joint_digest([digest(graph), digest(metadata.encode())])
