@@ -5,6 +5,7 @@ reads it. It is put in its place when torch and the runtimes have agreed on a wh
 """
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from lib.build import build_dataset
+from lib.checkpoint import newest_epoch
 from lib.data.preprocessing import preprocess, read_channels
 from lib.evaluation import mean_foreground
 from lib.inference import Predictor, most_probable
@@ -82,6 +84,17 @@ def export(model: Path, output: Path, log: Callable[[str], None], data_path: str
 
     write_atomically(output, write, **given)
     log(f"exported: {output} ({len(data) / 2**20:.2f} MiB). {RESEARCH}")
+
+
+def export_newest(run: Path, log: Callable[[str], None]) -> None:
+    """Export the newest model of a run to RUN/model.onnx, which is replaced. Raises InputError, after a line in the log
+    that says how to do it again."""
+    model, output = run / "models" / f"model-{newest_epoch(run)}", run / "model.onnx"
+    try:
+        export(model, output, log)
+    except InputError:
+        log(f"not exported; to do it again: python -m lib.export {shlex.quote(str(model))} {shlex.quote(str(output))}")
+        raise
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def _in_onnxruntime(file: OnnxFile, device: str, threads: int) -> tuple[str, Cal
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors alone
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would burn the others' time
     session = onnxruntime.InferenceSession(file.data, options, providers)
     found = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
     if device == "cuda" and found == "cpu":

@@ -33,6 +33,8 @@ def parseArguments(argv: list[str] | None = None, kind: type[Settings] = Setting
         default=None,
         help="go on although training or validation subjects are not those of the run any more (default: refuse)",
     )
+    export_help = "at the end, export the model to RUN/model.onnx, as python -m lib.export does (default: do not)"
+    parser.add_argument_group("export").add_argument("--export", action="store_true", help=export_help)
     plan_help = "print the plan of own data and what this machine can do with it, and train nothing (default: train)"
     parser.add_argument_group("instead of a training").add_argument("--plan_only", action="store_true", help=plan_help)
     args = parser.parse_args(argv)
