@@ -11,6 +11,7 @@ from lib.data import raw
 from lib.data.BaseDataset import Preprocessing
 from lib.data.definition import as_dict
 from lib.data.normalization import Normalization
+from lib.data.splits import five_folds
 from lib.export import export
 from lib.models.size import count_filters, resized
 from lib.settings import Settings
@@ -46,6 +47,7 @@ def own_settings(raw_folder, **changes):
             (4.0, 1.2, 1.0), orientation="SPL", normalizations=(Normalization("zscore"),) * 2, crop=True
         ),
         patch_size=(4, 16, 12),
+        folds=five_folds(file.id for file in raw.read_dataset(raw_folder).find(raw_folder)),
     )
     dataset = replace(dataset, **changes)
     shape = {"levels": 3, "strides": ("111", "122", "222"), "kernels": ("133", "333", "333")}

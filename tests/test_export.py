@@ -68,10 +68,9 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 
 
 def test_no_subject_and_no_place_is_named(tmp_path):
-    folder = write_raw(tmp_path / "Dataset001_Secret", n=3, shape=(12, 20, 24), spacing=(1.0, 1.2, 4.0))
+    folder = write_raw(tmp_path / "Dataset001_Secret", n=5, shape=(12, 20, 24), spacing=(1.0, 1.2, 4.0))
     ids = [file.id for file in raw.read_dataset(folder).find(folder)]
-    folds = ({"train": tuple(ids[:2]), "val": tuple(ids[2:])},)
-    path = exported(tmp_path, **own_settings(folder, folds=folds))
+    path = exported(tmp_path, **own_settings(folder))
     data = path.read_bytes()
     assert ids and not any(id_.encode() in data for id_ in ids) and str(tmp_path).encode() not in data
 
