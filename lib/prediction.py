@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lib import postprocessing
 from lib.data.BaseDataset import BaseDataset
+from lib.data.dicom import Slices, is_dicom, series_in
 from lib.data.images import NIFTI, PROBABILITIES, SUFFIXES, TRUTH, n_channels, stem
 from lib.data.nifti import scale_note
 from lib.inference import Prediction, Predictor, all_exported, save
@@ -46,8 +47,10 @@ def predict(args: argparse.Namespace) -> None:
         postprocess=partial(postprocessing.apply, steps=models.steps) if models.steps else None,
     )
     job = describe_job(models.source, dataset, predictor, precision, models.steps)
-    ending = dataset.file_ending
-    outputs = {subject: outputs_of(subject, args.output, args.probabilities, ending) for subject in images}
+    outputs = {
+        subject: outputs_of(subject, args.output, args.probabilities, ending_of(files, dataset))
+        for subject, files in images.items()
+    }
     images = choose_images(images, outputs, record, job, args.skip_existing, args.overwrite)
     for line in models.notes:
         tqdm.write(line)
@@ -100,7 +103,7 @@ def input_images(source: Path, dataset: BaseDataset) -> dict[str, Images]:
     """The image `source`, or those in this folder, by name. One of the data set's own images is called by its id, and
     of a folder in the data set's layout, or of one of its subjects, only these are taken. Own data, and what has
     several channels, may be named as nnU-Net does: see `cases_in`. Of a folder the ground truths and probabilities are
-    left out, and a line says so.
+    left out, and a line says so. A folder without any of these may hold DICOM: see `lib.data.dicom.series_in`.
 
     Raises InputError if there are none, two have one name, or channels are not those of the data set.
     """
@@ -132,11 +135,20 @@ def input_images(source: Path, dataset: BaseDataset) -> dict[str, Images]:
                 raise InputError(f"{path}: another image of the same name is there; rename one of them")
     if source.is_dir():
         images = images or {file.id: file.images for file in dataset.find(source)}
+        if not images:
+            images, notes = series_in(source)
+            for line in notes:
+                tqdm.write(line)
+        elif slices := [path for path in source.iterdir() if is_dicom(path)]:
+            tqdm.write(f"--input {source}: leaves out {len(slices)} files of DICOM, since there are other images")
+    elif is_dicom(source):
+        raise InputError(f"--input {source}: is one slice of DICOM; give the folder of the series")
     what = f"{len(left_out)} file{'s' * (len(left_out) > 1)} *{TRUTH} or *{PROBABILITIES}, which are no images"
     if not images:
         types = " or ".join(suffixes if own else NIFTI)
         raise InputError(
-            f"--input {source}: there is no image ({types}) to predict" + (f", only {what}" if left_out else "")
+            f"--input {source}: there is no image ({types}, or a DICOM series) to predict"
+            + (f", only {what}" if left_out else "")
         )
     if left_out:
         tqdm.write(f"--input {source}: leaves out {what}")
@@ -204,6 +216,11 @@ def challenge_names(images: dict[str, Images], dataset: BaseDataset) -> dict[str
             raise InputError(f"{paths[0]}: --challenge_names needs one number in each name, and no number twice")
         renamed[name] = paths
     return renamed
+
+
+def ending_of(files: Images, dataset: BaseDataset) -> str:
+    """Of the prediction of an image: that of the data set, or NIfTI's where it comes as DICOM."""
+    return NIFTI[0] if isinstance(files, Slices) and dataset.file_ending not in NIFTI else dataset.file_ending
 
 
 def outputs_of(subject: str, folder: Path, probabilities: bool, ending: str) -> list[Path]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from lib.data import splits
+from lib.data.dicom import Slices
 from lib.data.images import NIFTI, n_channels, only
 from lib.data.normalization import Normalization
 from lib.system.error import InputError
@@ -220,6 +221,12 @@ class BaseDataset:
 
     def check_channels(self, subject: str, images: Sequence[Path]) -> None:
         """Raise InputError unless there is a file for each channel of a subject's image, or one that holds all."""
+        if isinstance(images, Slices):
+            if self.modalities > 1:
+                raise InputError(
+                    f"{images[0].parent}: is a DICOM series of one channel, but {self.modalities} are needed"
+                )
+            return
         if len(images) == 1 and self.modalities > 1 and n_channels(images[0]) == self.modalities:
             return
         if len(images) != self.modalities:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data import itk, nifti, pictures
+from lib.data import dicom, itk, nifti, pictures
+from lib.data.dicom import Slices
 from lib.data.geometry import Geometry, Header, PlainHeader, Volume, of_header
 from lib.data.nifti import PIECE
 from lib.system.error import InputError
@@ -42,14 +43,17 @@ def read_geometry(path: str | Path) -> Geometry:
     return _reader(path).read_geometry(path)
 
 
-def read_image(path: str | Path) -> Volume:
-    """`read` as float32. Raises InputError as well for voxels that are not finite, or all the same."""
-    return _as_image(read(path))
+def read_image(path: str | Path | Slices) -> Volume:
+    """`read` as float32, also of a DICOM series. Raises InputError as well for voxels that are not finite, or all the
+    same."""
+    return _as_image(dicom.read(path) if isinstance(path, Slices) else read(path))
 
 
-def read_channels_of(path: str | Path) -> list[Volume]:
+def read_channels_of(path: str | Path | Slices) -> list[Volume]:
     """As `read_image`, each of the channels that a file holds: those of (X, Y, Z, channel) in NIfTI, components of
     voxels, colours. All have the number of bytes and the SHA-256 of the file."""
+    if isinstance(path, Slices):
+        return [read_image(path)]
     return [_as_image(volume) for volume in _reader(path).read_channels(path)]
 
 

@@ -45,13 +45,13 @@ def read_channels(path: str | Path) -> list[Volume]:
         content = path.read_bytes()
         reader, header, n_channels = _header(path, content)
         _check_whole(path, content, _n_bytes(reader))
-        array = _itk().GetArrayFromImage(reader.Execute())
+        array = simple_itk().GetArrayFromImage(reader.Execute())
     except InputError:
         raise
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # SimpleITK raises a few types
-        raise unreadable(path, ValueError(_reason(error)), "an image") from error
+        raise unreadable(path, ValueError(reason_of(error)), "an image") from error
     channels = np.moveaxis(array, -1, 0) if reader.GetNumberOfComponents() > 1 else array
     channels = channels.reshape(n_channels, *reversed(header.geometry.shape))
     known = Volume(path, None, header.geometry, header, len(content), hashlib.sha256(content).hexdigest())
@@ -71,7 +71,7 @@ def n_channels(path: str | Path) -> int:
 def write(path: Path, array: np.ndarray, header: PlainHeader, suffix: str) -> None:
     """Write an array (X, Y, Z) as a file of the type `suffix`, compressed where the type knows how. Equal arrays give
     equal bytes. Raises OSError."""
-    itk, n = _itk(), header.n_axes
+    itk, n = simple_itk(), header.n_axes
     _, spacing_mm, directions, origin_mm = header.geometry
     image = itk.GetImageFromArray(np.ascontiguousarray(array.T if n == 3 else array[..., 0].T))
     image.SetSpacing(spacing_mm[:n])
@@ -82,11 +82,11 @@ def write(path: Path, array: np.ndarray, header: PlainHeader, suffix: str) -> No
         try:
             itk.WriteImage(image, str(name), useCompression=True, imageIO=READERS[suffix])
         except RuntimeError as error:
-            raise OSError(_reason(error)) from error
+            raise OSError(reason_of(error)) from error
         path.write_bytes(name.read_bytes())
 
 
-def _itk() -> Any:
+def simple_itk() -> Any:
     """SimpleITK, which then prints no warnings of its own."""
     import SimpleITK
 
@@ -104,7 +104,7 @@ def _header_of(path: Path) -> tuple[Any, PlainHeader, int]:
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # as in `read_channels`
-        raise unreadable(path, ValueError(_reason(error)), "an image") from error
+        raise unreadable(path, ValueError(reason_of(error)), "an image") from error
 
 
 def _header(path: Path, head: bytes) -> tuple[Any, PlainHeader, int]:
@@ -112,7 +112,7 @@ def _header(path: Path, head: bytes) -> tuple[Any, PlainHeader, int]:
     begin = HEADERS[path.suffix].match(head[:HEAD])
     if not begin or ELSEWHERE.search(begin[0]):  # ITK's own readers say so in many lines
         raise ValueError(f"it has no {path.suffix} header, or its voxels are in another file")
-    itk = _itk()
+    itk = simple_itk()
     reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(READERS[path.suffix])
@@ -141,7 +141,7 @@ def _header(path: Path, head: bytes) -> tuple[Any, PlainHeader, int]:
 
 def _n_bytes(reader: Any) -> int:
     """The bytes of a file's voxels, uncompressed."""
-    bits = int(re.search(r"(\d+)-bit", _itk().GetPixelIDValueAsString(reader.GetPixelID()))[1])
+    bits = int(re.search(r"(\d+)-bit", simple_itk().GetPixelIDValueAsString(reader.GetPixelID()))[1])
     return math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * bits // 8
 
 
@@ -163,7 +163,7 @@ def _check_whole(path: Path, content: bytes, n_bytes: int) -> None:
             raise ValueError("it ends too early" if found <= n_bytes else "it has too many voxels")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says, in one line; of what SimpleITK says, which begins with its own source files, the end."""
     text = " ".join(str(error).split()).rpartition("ERROR: ")[2]
     return re.sub(r"\w+\(0x[0-9a-f]+\): ", "", text) or type(error).__name__

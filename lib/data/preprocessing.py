@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data.BaseDataset import Preprocessing
+from lib.data.dicom import Slices
 from lib.data.geometry import Geometry, Volume, aligned, axes_of, oriented
 from lib.data.images import read_channels_of, read_image
 from lib.data.normalization import nonzero, normalize
@@ -63,16 +64,16 @@ class Preprocessed(NamedTuple):
     separate: int | None = None
 
 
-def read_channels(paths: Path | Sequence[Path], preprocessing: Preprocessing) -> tuple[Image, Volume]:
-    """An image, of one file or one for each channel, as (C, X, Y, Z) float32 in its own frame: see `in_own_frame`. Also
-    the first file, without voxels, with the number of bytes of all files and their `joint_digest`. Where there are
-    `normalizations` a file may hold several channels.
+def read_channels(paths: Path | Slices | Sequence[Path], preprocessing: Preprocessing) -> tuple[Image, Volume]:
+    """An image, of one file, one for each channel, or a DICOM series, as (C, X, Y, Z) float32 in its own frame: see
+    `in_own_frame`. Also the first file, without voxels, with the number of bytes of all files and their `joint_digest`.
+    Where there are `normalizations` a file may hold several channels.
 
     Raises InputError as `lib.data.images.read_image`, or if the files do not share one grid, the channels are not those
     that are normalized, or resampling would make the image absurdly large.
     """
     read = read_channels_of if preprocessing.normalizations else lambda path: [read_image(path)]
-    first, *others = [paths] if isinstance(paths, str | Path) else paths
+    first, *others = [paths] if isinstance(paths, str | Path | Slices) else paths
     volumes = read(first)
     first = replace(volumes[0], array=None)
     check_size(first.path, first.geometry, preprocessing)
