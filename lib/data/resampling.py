@@ -13,9 +13,8 @@ import numpy as np
 ANISOTROPIC = 3  # longest side of a voxel / shortest: above it one axis is set apart
 LEAST = np.finfo(np.float32).tiny  # probability whose logarithm is taken for that of 0
 POLE = math.sqrt(3) - 2  # of the filter that makes a cubic spline meet the voxels
-REACH = 28  # voxels to each side of a place that tell in its spline: POLE**28 is below double precision
-ROWS = 32  # voxels along an axis whose spline is computed at once
-PIECE = 2**18  # voxels at once, which stay in the processor's cache
+MARGIN = 2  # voxels beyond an end whose B-splines reach in
+PIECE = 2**19  # voxels at once, which stay in the processor's cache
 
 
 def new_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> tuple[int, ...]:
@@ -110,43 +109,51 @@ def _cubic(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _spline_along(values: np.ndarray, axis: int, new: int) -> np.ndarray:
-    """The cubic spline along an axis at `new` places, as double precision. Both arrays are in C's order."""
+    """The cubic spline along an axis at `new` places, in double precision. Both arrays are in C's order.
+
+    All is done voxel by voxel, without a library for matrices: these use as many threads as there are cores in each of
+    many processes, and round by their number.
+    """
     before, old, after = math.prod(values.shape[:axis]), values.shape[axis], math.prod(values.shape[axis + 1 :])
     source, result = values.reshape(before, old, after), np.empty((before, new, after))
-    target = result
-    if after == 1:  # each product is then of a whole plane, not of a line
-        source, target = source.T, result.T
-    products, n = _spline(old, new), max(1, PIECE // old)
-    for lines, wanted in zip(source, target, strict=True):
-        for start in range(0, lines.shape[1], n):
-            piece = lines[:, start : start + n].astype(np.float64, copy=False)
-            for rows, columns, weights in products:
-                wanted[rows, start : start + n] = weights @ piece[columns]
+    first, weights = _b_splines(old, new)
+    longer = max(old, new)
+    n = min(after, max(1, PIECE // longer))
+    planes = max(1, PIECE // (longer * n))
+    for part in itertools.product(range(0, before, planes), range(0, after, n)):
+        box = slice(part[0], part[0] + planes), slice(None), slice(part[1], part[1] + n)
+        coefficients = _coefficients(source[box].swapaxes(0, 1))
+        target = result[box].swapaxes(0, 1)
+        target[...] = sum(coefficients[first + i] * weight for i, weight in enumerate(weights))
     return result.reshape(*values.shape[:axis], new, *values.shape[axis + 1 :])
 
 
-def _spline(old: int, new: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """The cubic spline through `old` voxels at `new` places as products of matrices: for some rows of the result which
-    voxels tell in them, and with what weights.
-
-    A spline is a sum of B-splines, of which four are not 0 at a place. Their coefficients are the voxels, filtered by
-    sqrt(3) * POLE**|distance|; so the two together weight each voxel around the place.
-    """
+def _b_splines(old: int, new: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """For each of `new` places along an axis the first of the four `_coefficients` whose B-splines are not 0 there, and
+    the four B-splines there, each as (new, 1, 1)."""
     places = _places(old, new)
-    first = np.floor(places).astype(int)
-    t = (places - first)[:, None]
-    b_splines = np.hstack([(1 - t) ** 3, 4 - 3 * t**2 * (2 - t), 4 - 3 * (1 - t) ** 2 * (1 + t), t**3]) / 6
-    around = np.arange(-REACH, REACH + 2)
-    weights = b_splines @ (math.sqrt(3) * POLE ** np.abs(around - np.arange(-1, 3)[:, None]))
-    voxels = (first[:, None] + around).clip(0, old - 1)
-    products = []
-    for start in range(0, new, ROWS):
-        rows = slice(start, min(start + ROWS, new))
-        columns = slice(voxels[rows].min(), voxels[rows].max() + 1)
-        matrix = np.zeros((rows.stop - start, columns.stop - columns.start))
-        np.add.at(matrix, (np.arange(len(matrix))[:, None], voxels[rows] - columns.start), weights[rows])
-        products.append((rows, columns, matrix))
-    return products
+    before = np.floor(places)
+    t = (places - before)[:, None, None]
+    four = [(1 - t) ** 3, 4 - 3 * t**2 * (2 - t), 4 - 3 * (1 - t) ** 2 * (1 + t), t**3]
+    return before.astype(int) - 1 + MARGIN, [values / 6 for values in four]
+
+
+def _coefficients(lines: np.ndarray) -> np.ndarray:
+    """What to multiply the B-splines with, so that their sum meets the voxels along the first axis: those filtered by
+    sqrt(3) * POLE**|distance|, in one pass there and one back. `MARGIN` voxels more at both ends."""
+    result = np.empty((len(lines) + 2 * MARGIN, *lines.shape[1:]))
+    result[MARGIN:-MARGIN] = lines
+    result[:MARGIN], result[-MARGIN:] = lines[0], lines[-1]
+    rows, step = [*result], np.empty(lines.shape[1:])
+    rows[0] /= 1 - POLE  # the sum over the equal voxels from here on outwards
+    for one, following in itertools.pairwise(rows):
+        following += np.multiply(one, POLE, out=step)
+    rows[-1] += lines[-1].astype(np.float64) * (POLE / (1 - POLE))  # those at the other end
+    rows[-1] /= 1 - POLE**2
+    for one, following in itertools.pairwise(reversed(rows)):
+        following += np.multiply(one, POLE, out=step)
+    result *= -6 * POLE
+    return result
 
 
 def _most_likely(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
