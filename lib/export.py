@@ -1,40 +1,45 @@
-"""A trained model as one file that runs without torch: `python -m lib.export RUN/models/model-E OUT.onnx`.
+"""A trained network as one file that other programs run: `python -m lib.export RUN/models/model-E OUT.onnx`.
 
-The file holds the network up to its softmax maps at full resolution, and says all that its use needs; `lib.onnx_file`
-reads it. It is put in its place when torch and the runtimes have agreed on a whole validation volume.
+The file holds the network (ONNX) and, as JSON in its properties, all that a prediction needs to know; see
+`lib.onnx_file`. It is checked before it gets its name: torch and every runtime that is installed must agree on a whole
+validation volume.
 """
 
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from lib import postprocessing, validation
 from lib.build import build_dataset
 from lib.checkpoint import newest_epoch
 from lib.data.preprocessing import preprocess, read_channels
 from lib.evaluation import mean_foreground
-from lib.inference import Predictor, most_probable
+from lib.inference import Predictor
 from lib.models import load_model
-from lib.models.BaseModel import CONVOLUTIONS, IMAGE, Block
-from lib.models.layers import InstanceNorm
+from lib.models.BaseModel import IMAGE as NETWORK_INPUT
+from lib.models.BaseModel import Block
+from lib.models.layers import ConvBlock, InstanceNorm
 from lib.models.nnUNet import nnUNet
 from lib.models.size import count_filters
 from lib.network import Network
 from lib.onnx_file import (
     DIMS,
     EPSILON,
+    FLATTEN,
     FORMAT,
+    IMAGE,
     IR_VERSION,
     KEY,
     NOTICE,
@@ -47,10 +52,8 @@ from lib.onnx_file import (
     content_digest,
     read_onnx_file,
 )
-from lib.postprocessing import NAME as POSTPROCESSING
-from lib.postprocessing import read_steps
 from lib.runs import settings_of_model, sizes_of
-from lib.runtimes import installed, open_network
+from lib.runtimes import installed_runtimes, open_network
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.error import InputError
@@ -58,32 +61,321 @@ from lib.system.facts import facts
 from lib.system.files import check_writable, file_digest, read_json, write_atomically
 from lib.system.process import keep_freed_memory
 from lib.torch_network import TorchNetwork
-from lib.validation import NAME as VALIDATION
 
-LABELS_AGREE, SOFTMAX_DIFFERS = 0.9999, 1e-4  # at least, and at most
-ROUNDS = 7  # of a patch that is timed
+LABELS, SOFTMAX = 0.9999, 1e-4  # share of equal labels, at least; distance of softmax maps, at most
 
 
-def export(model: Path, output: Path, log: Callable[[str], None], data_path: str | None = None, **given: bool) -> None:
-    """Export RUN/models/model-E to `output`, which exists only if the runtimes that are installed here agree with
-    torch. `data_path` is that of the training by default; `given` is `replace` of `write_atomically`.
+# --- the network ------------------------------------------------------------------------------------------------------
 
-    Raises InputError if the model, its run or its data are not as they should be, or a runtime does not agree.
+
+def to_graph(model: nnUNet) -> onnx.GraphProto:
+    """The network down to the head of full resolution, whose softmax maps are the output. Each convolution is called as
+    its block is in filter files."""
+    blocks = {block.name: block for block in model.blocks()}
+    head = next(name for name in reversed(blocks) if blocks[name].head)
+    needed, open_ = set(), [head]
+    while open_:
+        name = open_.pop()
+        if name in blocks and name not in needed:
+            needed.add(name)
+            open_ += blocks[name].parents
+    graph = _Graph([], {})
+    maps = {NETWORK_INPUT: IMAGE}
+    for name, block in blocks.items():
+        if name in needed:
+            maps[name] = graph.add(
+                block, [maps[parent] for parent in block.parents], PROBABILITIES if name == head else name
+            )
+    tensors = [numpy_helper.from_array(array, name) for name, array in graph.tensors.items()]
+    n_axes = len(model.divisor)
+    ends = {IMAGE: model.modalities, PROBABILITIES: model.n_classes}
+    values = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [DIMS[0], n, *DIMS[1 : n_axes + 1]])
+        for name, n in ends.items()
+    }
+    return helper.make_graph(graph.nodes, "network", [values[IMAGE]], [values[PROBABILITIES]], tensors)
+
+
+@dataclass
+class _Graph:
+    """Nodes and weights as they are added."""
+
+    nodes: list[onnx.NodeProto]
+    tensors: dict[str, np.ndarray]
+
+    def add(self, block: Block, inputs: list[str], output: str) -> str:
+        """The layers of a block, of which the last gives `output`; returns this."""
+        x, layers = inputs[0], list(_layers(block.module))
+        if len(inputs) > 1:
+            x = self._node("Concat", inputs, f"{block.name}/input", f"{block.name}/concat", axis=1)
+        for i, layer in enumerate(layers):
+            target = output if i == len(layers) - 1 else f"{block.name}/{i}"
+            x = self._layer(layer, x, target, block.name)
+        return x
+
+    def _layer(self, layer: nn.Module, x: str, target: str, name: str) -> str:
+        if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            weights = [
+                self._tensor(f"{name}/{key}", value.detach().cpu().numpy())
+                for key, value in (("weight", layer.weight), ("bias", layer.bias))
+            ]
+            sizes = {"kernel_shape": layer.kernel_size, "strides": layer.stride}
+            if not layer.transposed:
+                sizes["pads"] = (*layer.padding, *layer.padding)
+            op = "ConvTranspose" if layer.transposed else "Conv"
+            return self._node(op, [x, *weights], target, name, **sizes)
+        if isinstance(layer, InstanceNorm):
+            return self._norm(x, target, name)
+        if isinstance(layer, nn.LeakyReLU) and layer.negative_slope == SLOPE:
+            return self._node("LeakyRelu", [x], target, f"{name}/relu", alpha=SLOPE)
+        if isinstance(layer, nn.Softmax) and layer.dim == 1:
+            return self._node("Softmax", [x], target, f"{name}/softmax", axis=1)
+        raise TypeError(f"{name}: no rule to export {layer}")
+
+    def _norm(self, x: str, target: str, name: str) -> str:
+        """The instance norm, of flat maps: runtimes then sum each map in many parts. Of maps with several axes OpenVINO
+        sums all voxels one after the other in float32, and softmax maps came out 3e-4 away from torch's; flat 4e-5."""
+        n = self.tensors[f"{name}/bias"].size
+        same = [self._tensor(f"ones/{n}", np.ones(n)), self._tensor(f"zeros/{n}", np.zeros(n))]
+        self.tensors["flat"] = np.array(FLATTEN, "<i8")
+        flat = self._node("Reshape", [x, "flat"], f"{name}/flat", f"{name}/flatten")
+        flat = self._node("InstanceNormalization", [flat, *same], f"{name}/normal", f"{name}/norm", epsilon=EPSILON)
+        shape = self._node("Shape", [x], f"{name}/shape", f"{name}/shape_of")
+        return self._node("Reshape", [flat, shape], target, f"{name}/back")
+
+    def _tensor(self, name: str, array: np.ndarray) -> str:
+        self.tensors[name] = np.ascontiguousarray(array, "<f4")
+        return name
+
+    def _node(self, op: str, inputs: list[str], output: str, name: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
+        return output
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a block, in the order in which they are computed."""
+    if isinstance(module, ConvBlock):
+        yield from module.seq
+    elif isinstance(module, nn.Sequential):
+        yield from module
+    else:
+        yield module
+
+
+def to_onnx(model: nnUNet, metadata: dict) -> onnx.ModelProto:
+    """The network with its metadata. The same for the same arguments, to the byte."""
+    graph = to_graph(model)
+    made = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="Sauron",
+    )
+    text = json.dumps(metadata)
+    total = content_digest(made.graph.SerializeToString(deterministic=True), text)
+    helper.set_model_props(made, {KEY: text, SUM: total, NOTICE: RESEARCH})
+    return made
+
+
+# --- the metadata -----------------------------------------------------------------------------------------------------
+
+
+def describe(path: Path, model: nnUNet, settings: Settings, output: str) -> dict:
+    """The metadata of a model RUN/models/model-E: see `lib.onnx_file.METADATA`. Of the machine and the patients that it
+    was trained on they say nothing. Raises InputError where a file of the run is damaged."""
+    dataset, sha256 = settings.dataset, file_digest(path)
+    known, n_axes = facts(), len(settings.patch_size)
+    sizes = sizes_of(model, dataset, settings.patch_size, settings)
+    before_after = {key: {"before": size["unpruned"], "after": size["now"]} for key, size in sizes.items()}
+    values = dataset.values or range(dataset.n_classes)
+    return {
+        "format": FORMAT,
+        "notice": RESEARCH,
+        "made_by": {
+            "command": shlex.join(["python", "-m", "lib.export", path.name, output]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_revision": known["git_revision"],
+            "versions": known["versions"] | {"onnx": version("onnx")},
+        },
+        "model": {"name": path.name, "sha256": sha256},
+        "data": {"name": dataset.name, "licence": dataset.licence},
+        "channels": list(dataset.channels),
+        "labels": [{"name": n, "value": v} for n, v in zip(dataset.class_names, values, strict=True)],
+        "file_ending": dataset.file_ending,
+        "preprocessing": dataset.preprocessing.as_dict(),
+        "dim": model.dim,
+        "patch_size": list(settings.patch_size),
+        "divisor": list(model.divisor),
+        "axes": axes_text(dataset.preprocessing.orientation, model.dim),
+        "mirroring": {"axes": [*range(2, 2 + n_axes)]},
+        "step_size": 0.5,
+        "postprocessing": _postprocessing(path),
+        "filters": count_filters(model),
+        "parameters": before_after["parameters"],
+        "flops": before_after["flops"],
+        "n_filters": before_after["filters"],
+        "validation": _validation(path.parent.parent / validation.NAME, sha256),
+    }
+
+
+def _postprocessing(path: Path) -> dict | None:
+    """What was decided for this very model. Raises InputError."""
+    steps, _ = postprocessing.read_steps(path)
+    if steps is None:
+        return None
+    reasons = read_json(path.resolve().parent.parent / postprocessing.NAME).get("reasons", [])
+    return {"steps": list(steps), "reasons": reasons}
+
+
+def _validation(path: Path, sha256: str) -> dict | None:
+    """The means of validation.json, if it is of the model with this sum. Raises InputError if it is damaged."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        if content["sha256"] != sha256:
+            return None
+        scores = {when: _scores(content[when]["average"]) for when in ("before", "after")}
+        return {"n": len(content["before"]["subjects"]), **scores}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); validate the run again, or delete it") from error
+
+
+def _scores(average: dict) -> dict:
+    return {
+        "dice": average["dice"],
+        "HD95_mm": average["HD95"],
+        "mean_foreground_dice": mean_foreground(average["dice"]),
+        "mean_foreground_HD95_mm": mean_foreground(average["HD95"]),
+    }
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a network agrees with torch's. labels: share of the voxels that have the same; softmax: the largest
+    difference; ms: median time of a patch."""
+
+    labels: float
+    softmax: float
+    ms: float
+
+    @property
+    def is_good(self) -> bool:
+        return self.labels >= LABELS and self.softmax <= SOFTMAX
+
+
+@dataclass
+class _Timed(Network):
+    """A network that notes its times: ms of a patch, by call."""
+
+    network: Network
+    times: list[float]
+
+    modalities = property(lambda self: self.network.modalities)
+    n_classes = property(lambda self: self.network.n_classes)
+    dim = property(lambda self: self.network.dim)
+    divisor = property(lambda self: self.network.divisor)
+
+    def usual_batch(self, patch_size: tuple[int, ...]) -> int:
+        return self.network.usual_batch(patch_size)
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        start = time.perf_counter()
+        maps = self.network(patches)
+        self.times.append(1000 * (time.perf_counter() - start) / len(patches))
+        return maps
+
+
+def agreement(networks: dict[str, Network], volume: np.ndarray, patch_size: tuple[int, ...]) -> dict[str, Agreement]:
+    """How each network, by name, agrees with the first one on a preprocessed volume (C, X, Y, Z), without mirroring."""
+    found, first = {}, None
+    for name, network in networks.items():
+        timed = _Timed(network, [])
+        warm = np.zeros((2, network.modalities, *patch_size), np.float32)
+        network(warm)
+        maps = Predictor(timed, tuple(patch_size), mirror=False).volume(volume)
+        first = maps if first is None else first
+        same = float(np.mean(maps.argmax(0) == first.argmax(0)))
+        difference = float(np.abs(maps - first).max())  # NaN is good for nothing
+        found[name] = Agreement(same, difference, median(timed.times))
+    return found
+
+
+def check(path: Path, name: Path, model: nnUNet, volume: np.ndarray, log: Callable[[str], None]) -> None:
+    """Compare the exported model in the file `path`, which is to be called `name`, with torch's in every runtime that
+    is installed, and say how fast each is. Raises InputError where they do not agree."""
+    file = read_onnx_file(path)
+    networks: dict[str, Network] = {"torch": TorchNetwork(model)}
+    networks |= {runtime: open_network(file, runtime, device="cpu") for runtime in installed_runtimes()}
+    if len(networks) == 1:
+        raise InputError(f"{name}: no runtime is installed that could check it; run `pip install openvino`")
+    found = agreement(networks, volume, file.patch_size)
+    torch_ms = found["torch"].ms
+    for runtime, one in found.items():
+        text = f"{runtime}: {one.ms:.1f} ms per patch"
+        if runtime != "torch":
+            text += f", {torch_ms / one.ms:.2f} times as fast as torch; labels equal in {100 * one.labels:.4f}% of the "
+            text += f"voxels, softmax within {one.softmax:.1e}"
+        log(text)
+    for runtime, one in found.items():
+        if not one.is_good:
+            raise InputError(
+                f"{name}: {runtime} does not agree with torch (labels equal in {100 * one.labels:.4f}% of the voxels, "
+                f"softmax within {one.softmax:.1e}); not written, try another version of {runtime}"
+            )
+
+
+def volume_of(settings: Settings, data_path: str | None) -> tuple[np.ndarray, str]:
+    """A preprocessed volume (C, X, Y, Z) to check with, and what it is: the first validation image that is on disk, or
+    else noise, somewhat larger than a patch. Raises InputError if the image is broken, or the data asked for are not
+    there."""
+    dataset = settings.dataset
+    try:
+        files = build_dataset(replace(settings, data_path=data_path or settings.data_path)).files("validation")
+        why = "the run has no validation set"
+    except InputError as error:  # the data need not be on this machine
+        if data_path:
+            raise
+        files, why = [], str(error)
+    if files:
+        image, _ = read_channels(files[0].images, dataset.preprocessing)
+        return preprocess(image, dataset.preprocessing).array, f"the validation image {files[0].id}"
+    size = [n + n // 2 for n in settings.patch_size] + [3] * (len(settings.patch_size) == 2)
+    noise = np.random.default_rng(0).standard_normal((settings.modalities, *size), np.float32)
+    return noise, f"a volume of noise ({why})"
+
+
+def export(
+    model: Path, output: Path, data_path: str | None, log: Callable[[str], None], overwrite: bool = False
+) -> None:
+    """Write the model RUN/models/model-E to `output`, and check it first. data_path: folder of the data set, by default
+    that of the training.
+
+    Raises InputError if the model or its run is not known, `output` is there and not to be overwritten or cannot be
+    written, or the exported model is not what it should be; then nothing is written.
     """
-    settings = settings_of_model(model)
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists already; give --overwrite or another name")
+    check_writable(output, "OUT.onnx")
+    if output.suffix != ".onnx":
+        raise InputError(f"{output}: is not called .onnx; give a name that ends so")
+    network, settings = load_model(model), settings_of_model(model)
     if settings is None:
-        raise InputError(f"{model}: its run is not known, which says how it is used; name RUN/models/model-E")
-    if output.suffix.lower() != ".onnx":
-        raise InputError(f"{output}: must end in .onnx; give another name")
-    network = load_model(model)
-    data = to_onnx(network, describe(model, network, settings))
+        raise InputError(f"{model}: its run is not known; name RUN/models/model-E of a training")
+    volume, what = volume_of(settings, data_path)
+    made = to_onnx(network, describe(model, network, settings, output.name))
+    onnx.checker.check_model(made, full_check=True)
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-        check_runtimes(temporary, network, settings, log, data_path)
+        temporary.write_bytes(made.SerializeToString(deterministic=True))
+        log(f"export: {model.name} is checked on {what}")
+        check(temporary, output, network, volume, log)
 
-    write_atomically(output, write, **given)
-    log(f"exported: {output} ({len(data) / 2**20:.2f} MiB). {RESEARCH}")
+    write_atomically(output, write, replace=overwrite)
+    log(f"export: {output} ({output.stat().st_size / 2**20:.1f} MiB); {RESEARCH}")
 
 
 def export_newest(run: Path, log: Callable[[str], None]) -> None:
@@ -91,243 +383,28 @@ def export_newest(run: Path, log: Callable[[str], None]) -> None:
     that says how to do it again."""
     model, output = run / "models" / f"model-{newest_epoch(run)}", run / "model.onnx"
     try:
-        export(model, output, log)
+        export(model, output, None, log, overwrite=True)
     except InputError:
-        log(f"not exported; to do it again: python -m lib.export {shlex.quote(str(model))} {shlex.quote(str(output))}")
+        log(f"not exported; to do it again: {shlex.join(['python', '-m', 'lib.export', str(model), str(output)])}")
         raise
 
 
-# --- the graph --------------------------------------------------------------------------------------------------------
-
-
-def to_onnx(model: nnUNet, metadata: dict) -> bytes:
-    """A network with its metadata as the bytes of an ONNX file; the same ones for the same arguments."""
-    nodes, tensors = [], {}
-    kept = _ancestors(model)
-    outputs = {IMAGE: IMAGE}  # of each block, by name
-    for block in model.blocks():
-        if block.name in kept:
-            outputs[block.name] = _add_block(block, [outputs[parent] for parent in block.parents], nodes, tensors)
-    nodes[-1].output[0] = PROBABILITIES
-    free = DIMS[: 1 + int(model.dim[0])]
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [free[0], channels, *free[1:]])
-        for name, channels in ((IMAGE, model.modalities), (PROBABILITIES, model.n_classes))
-    ]
-    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
-    graph = helper.make_graph(nodes, "sauron", ends[:1], ends[1:], weights)
-    found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="Sauron")
-    found.ir_version = IR_VERSION
-    text = json.dumps(metadata)
-    sum_ = content_digest(found.graph.SerializeToString(deterministic=True), text)
-    helper.set_model_props(found, {NOTICE: RESEARCH, KEY: text, SUM: sum_})
-    onnx.checker.check_model(found, full_check=True)
-    return found.SerializeToString(deterministic=True)
-
-
-def _ancestors(model: nnUNet) -> set[str]:
-    """The names of the head at full resolution, which comes last, and of all blocks that it needs."""
-    kept = {model.blocks()[-1].name}
-    for block in reversed(model.blocks()):
-        if block.name in kept:
-            kept.update(block.parents)
-    return kept
-
-
-def _add_block(block: Block, inputs: list[str], nodes: list, tensors: dict[str, np.ndarray]) -> str:
-    """Append the layers of a block to the nodes and their weights to the tensors; the name of its output."""
-    last = inputs[0]
-    if len(inputs) > 1:
-        last = f"{block.name}.maps"
-        nodes.append(helper.make_node("Concat", inputs, [last], f"{block.name}.concat", axis=1))
-    for layer in (module for module in block.module.modules() if not [*module.children()]):
-        operator, attributes, weights = _layer(layer, block.out_filters)
-        convolves = isinstance(layer, CONVOLUTIONS)
-        name = block.name if convolves else f"{block.name}.{operator}"
-        names = [f"{name}.{key}" for key in weights]
-        tensors.update(zip(names, weights.values(), strict=True))
-        nodes.append(helper.make_node(operator, [last, *names], [f"{name}.out"], name, **attributes))
-        last = f"{name}.out"
-    return last
-
-
-def _layer(layer: nn.Module, n: int) -> tuple[str, dict, dict[str, np.ndarray]]:
-    """Operator, attributes and weights of a layer of `n` filters. Raises ValueError for one that is not known."""
-    if isinstance(layer, CONVOLUTIONS):
-        weights = {key: getattr(layer, key).detach().cpu().numpy() for key in ("weight", "bias")}
-        attributes = {"kernel_shape": layer.kernel_size, "strides": layer.stride}
-        if layer.transposed:
-            return "ConvTranspose", attributes, weights
-        return "Conv", attributes | {"pads": (*layer.padding, *layer.padding)}, weights
-    if isinstance(layer, InstanceNorm):
-        same = {"scale": np.ones(n, np.float32), "shift": np.zeros(n, np.float32)}
-        return "InstanceNormalization", {"epsilon": EPSILON}, same
-    if isinstance(layer, nn.LeakyReLU) and layer.negative_slope == SLOPE:
-        return "LeakyRelu", {"alpha": SLOPE}, {}
-    if isinstance(layer, nn.Softmax) and layer.dim == 1:
-        return "Softmax", {"axis": 1}, {}
-    raise ValueError(f"{layer} cannot be exported")
-
-
-# --- what the file says -----------------------------------------------------------------------------------------------
-
-
-def describe(model: Path, network: nnUNet, settings: Settings) -> dict:
-    """The metadata of an exported model, of the form that `lib.onnx_file.METADATA` has. No subject is named."""
-    dataset, about = settings.dataset, facts()
-    sizes = sizes_of(network, dataset, settings.patch_size, settings)
-    changes = {key: {"before": size["unpruned"], "after": size["now"]} for key, size in sizes.items()}
-    kept = _ancestors(network)
-    filters = {
-        way: {name: n for name, n in counted.items() if name in kept} for way, counted in count_filters(network).items()
-    }
-    values = dataset.values or range(dataset.n_classes)
-    labels = [{"name": name, "value": int(value)} for name, value in zip(dataset.class_names, values, strict=True)]
-    return {
-        "format": FORMAT,
-        "notice": RESEARCH,
-        "made_by": {
-            "command": "python -m lib.export",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "git_revision": about["git_revision"],
-            "versions": about["versions"] | {"onnx": onnx.__version__},
-        },
-        "model": {"name": model.name, "sha256": file_digest(model)},
-        "data": {"name": dataset.name, "licence": dataset.licence},
-        "channels": list(dataset.channels),
-        "labels": labels,
-        "file_ending": dataset.file_ending,
-        "preprocessing": dataset.preprocessing.as_dict(),
-        "dim": network.dim,
-        "patch_size": list(settings.patch_size),
-        "divisor": list(network.divisor),
-        "axes": axes_text(dataset.preprocessing.orientation, network.dim),
-        "mirroring": {"axes": [*range(2, 2 + int(network.dim[0]))]},
-        "step_size": 0.5,
-        "postprocessing": _postprocessing(model),
-        "filters": filters,
-        "parameters": changes["parameters"],
-        "flops": changes["flops"],
-        "n_filters": changes["filters"],
-        "validation": _validation(model),
-    }
-
-
-def _postprocessing(model: Path) -> dict | None:
-    """What was decided for this very model, if anything was."""
-    steps, _ = read_steps(model)
-    if steps is None:
-        return None
-    return {"steps": list(steps), "reasons": read_json(model.resolve().parent.parent / POSTPROCESSING)["reasons"]}
-
-
-def _validation(model: Path) -> dict | None:
-    """The averages of this very model over whole validation volumes, if it was validated."""
-    path = model.resolve().parent.parent / VALIDATION
-    if not path.exists():
-        return None
-    content = read_json(path)
-    if content.get("sha256") != file_digest(model):
-        return None
-    scores = {when: _scores(content[when]["average"]) for when in ("before", "after")}
-    return {"n": len(content["after"]["subjects"]), **scores}
-
-
-def _scores(average: dict) -> dict:
-    dice, hd95 = average["dice"], average["HD95"]
-    means = {"mean_foreground_dice": mean_foreground(dice), "mean_foreground_HD95_mm": mean_foreground(hd95)}
-    return {"dice": dice, "HD95_mm": hd95, **means}
-
-
-# --- the check --------------------------------------------------------------------------------------------------------
-
-
-def check_runtimes(
-    path: Path, model: nnUNet, settings: Settings, log: Callable[[str], None], data_path: str | None
-) -> None:
-    """Compare all runtimes that are installed here with torch, on a whole validation volume where one is on disk, and
-    tell how long each takes. Raises InputError if one does not agree."""
-    file = read_onnx_file(path)
-    volume, what = _volume(settings, data_path)
-    networks: dict[str, Network] = {"torch": TorchNetwork(model)}
-    networks |= {name: open_network(file, name, "cpu") for name in installed()}
-    expected, labels = None, None
-    for name, network in networks.items():
-        found = Predictor(network, settings.patch_size, mirror=False).volume(volume)
-        if expected is None:
-            expected, labels = found, _labels(found)
-            continue
-        agree, differs = float((_labels(found) == labels).mean()), float(np.abs(found - expected).max())
-        said = f"{name}: {100 * agree:.4f}% of the labels as torch's, softmax within {differs:.1e}, on {what}"
-        log(said)
-        if agree < LABELS_AGREE or not differs <= SOFTMAX_DIFFERS:
-            raise InputError(f"{said}; {100 * LABELS_AGREE}% and {SOFTMAX_DIFFERS} are wanted, so nothing is exported")
-    times = milliseconds(networks, settings.patch_size)
-    for name, taken in times.items():
-        faster = f", {times['torch'] / taken:.2f} times as fast as torch" if name != "torch" else ""
-        log(f"{name}: {taken:.1f} ms for a patch{faster}")
-
-
-def _volume(settings: Settings, data_path: str | None) -> tuple[np.ndarray, str]:
-    """A preprocessed volume (C, X, Y, Z), and what it is: the first one of the validation set, or else noise."""
-    recipe = settings.dataset.preprocessing
-    try:
-        files = build_dataset(replace(settings, data_path=data_path or settings.data_path)).files("validation")
-    except InputError as error:
-        if data_path:
-            raise
-        files, why = [], str(error).split(";")[0]
-    else:
-        why = "there is no validation set"
-    if files:
-        return preprocess(read_channels(files[0].images, recipe)[0], recipe).array, f"validation volume {files[0].id}"
-    size = tuple(n + n // 2 for n in settings.patch_size)
-    noise = np.random.default_rng(0).normal(size=(settings.modalities, *size, 4)[:4]).astype(np.float32)
-    return noise, f"noise, since {why}"
-
-
-def _labels(probabilities: np.ndarray) -> np.ndarray:
-    labels = np.empty(probabilities.shape[1:], np.uint16)
-    most_probable(probabilities, labels)
-    return labels
-
-
-def milliseconds(networks: Mapping[str, Network], patch_size: Iterable[int]) -> dict[str, float]:
-    """Median time of one patch by network; they take turns, and the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(1 + ROUNDS):
-        for name, network in networks.items():
-            patch = np.zeros((1, network.modalities, *patch_size), np.float32)
-            start = time.perf_counter()
-            network(patch)
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: median(taken[1:]) for name, taken in times.items()}
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Export as `argv` says; returns the exit code of `run_script`."""
+    """Export the model that `argv` names; returns the exit code of `run_script`."""
     parser = Parser(
         "python -m lib.export",
-        description="Export a trained model as one ONNX file, which predict.py runs without torch, and check it.",
+        description="Write a trained model as one ONNX file that says how it is used, and check it.",
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN/models/model-E", help="the model, in its run folder")
-    add("output", type=Path, metavar="OUT.onnx", help="the file to write")
-    add("--data_path", help="folder of the data set, for the check (default: that of the training)")
-    add("--overwrite", action="store_true", help="replace an existing file (default: refuse)")
+    add("model", type=Path, metavar="RUN/models/model-E", help="a saved model in its run folder (required)")
+    add("output", type=Path, metavar="OUT.onnx", help="the file to write (required)")
+    add("--data_path", help="folder of the data set, to check with (default: that of the training)")
+    add("--overwrite", action="store_true", help="replace the file if it is there (default: refuse)")
 
     def run() -> None:
         args = parser.parse_args(argv)
-        if args.output.exists() and not args.overwrite:
-            raise InputError(f"{args.output}: exists already; give --overwrite or another name")
-        check_writable(args.output, "OUT.onnx")
         keep_freed_memory()
-        torch.use_deterministic_algorithms(True)
-        args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        export(args.model, args.output, print, args.data_path, replace=args.overwrite)
+        export(args.model, args.output, args.data_path, print, args.overwrite)
 
     return run_script(run)
 

@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib import postprocessing
+from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset
 from lib.network import check_patch_size
 from lib.onnx_file import OnnxFile, read_onnx_file
@@ -42,6 +43,8 @@ class ExportedModels:
         """Raises InputError where the models are not to be used so."""
         if args.input is None:
             raise InputError(f"{args.model_state[0]}: an exported model knows no data set on disk; give --input")
+        if args.partition != "test":
+            raise InputError(f"--partition {args.partition}: an exported model knows none; leave it out")
         for flag in MEANINGLESS:
             if getattr(args, flag):
                 raise InputError(f"--{flag}: has no meaning with an exported model, which says it itself; leave it out")
@@ -50,10 +53,10 @@ class ExportedModels:
         patch_size = tuple(args.patch_size or first.patch_size)
         for file in files:
             check_patch_size(patch_size, file.divisor)
-        networks = tuple(open_network(file, args.runtime, args.device) for file in files)
+        networks = tuple(open_network(file, args.runtime, device=args.device) for file in files)
         sources = [{"path": str(file.path.resolve()), "sha256": file.sha256} for file in files]
         steps, notes = ((), []) if args.no_postprocessing else agreed_steps(files)
-        return cls(files, first.dataset, patch_size, networks, joint_source(sources), steps, notes)
+        return cls(files, dataset_of(first), patch_size, networks, joint_source(sources), steps, notes)
 
     def settled(self, record: Record) -> tuple["ExportedModels", dict]:
         """These models, and what the record is to say of their precision."""
@@ -74,7 +77,7 @@ def open_models(paths: Sequence[Path], device: str, runtime: str) -> dict[str, A
     files = read_agreed(paths)
     steps, _ = agreed_steps(files)
     return {
-        "models": tuple(open_network(file, runtime, device) for file in files),
+        "models": tuple(open_network(file, runtime, device=device) for file in files),
         "patch_size": files[0].patch_size,
         "preprocessing": files[0].dataset.preprocessing,
         "postprocess": partial(postprocessing.apply, steps=steps) if steps else None,
@@ -90,6 +93,16 @@ def read_agreed(paths: Sequence[Path]) -> list[OnnxFile]:
             if getattr(file.dataset, what) != getattr(files[0].dataset, what):
                 raise InputError(f"{file.path}: has another {what} than {files[0].path}; give models that share it")
     return files
+
+
+def dataset_of(file: OnnxFile) -> BaseDataset:
+    """The data set that a model was trained on, as far as its file tells it; one of ours also knows how folders of its
+    images are laid out, and how its challenge wants predictions to be named."""
+    said = file.dataset
+    ours = DATASETS.get(said.name)
+    if ours is None or (ours.class_names, ours.channels) != (said.class_names, said.channels):
+        return said
+    return replace(said, find=ours.find, challenge_name=ours.challenge_name)
 
 
 def agreed_steps(files: Sequence[OnnxFile]) -> tuple[tuple, list[str]]:

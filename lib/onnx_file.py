@@ -176,11 +176,17 @@ def _signed(value: int) -> int:
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
+PLAIN, FLAT, SHAPE_OF = "plain", "flat", "shape"
+FLATTEN = (0, 0, -1)  # the shape that makes plain maps flat, as ONNX has it: keep two axes, and join the others
+
+
 class Maps(NamedTuple):
-    """What a layer gives. n: maps; scale: by axis, which part of the image's size theirs is (2: half of it)."""
+    """What a layer gives. n: maps; scale: by axis, which part of the image's size theirs is (2: half of it). form:
+    PLAIN (B, n, *spatial), FLAT (B, n, voxels), or only the SHAPE_OF plain ones."""
 
     n: int
     scale: tuple[int, ...]
+    form: str = PLAIN
 
 
 class Graph(NamedTuple):
@@ -208,12 +214,13 @@ def _read_graph(graph: dict) -> Graph:
         attributes = {one["name"]: one for one in node["attribute"]}
         (target,) = node["output"] if len(node["output"]) == 1 else (None,)
         check(target and target not in (*maps, *tensors), f"is broken: {name} has no output of its own")
-        n_inputs = len(node["input"]) if op == "Concat" else 1
-        inputs, weights = node["input"][:n_inputs], node["input"][n_inputs:]
-        check(inputs and all(key in maps for key in inputs), f"is broken: {name} has no input")
-        check(all(key in tensors for key in weights), f"is broken: {name} has no weights")
+        inputs = [key for key in node["input"] if key in maps]
+        weights = [key for key in node["input"] if key in tensors]
+        check(inputs and node["input"] == [*inputs, *weights], f"is broken: {name} has an input that nothing gives")
         check(len(attributes) == len(node["attribute"]), f"is broken: {name} has an attribute twice")
         try:
+            forms = [maps[key].form for key in inputs]
+            check(forms in FORMS.get(op, [[PLAIN] * len(inputs)]), "the form of its input")
             shapes = [tensors[key] for key in weights]
             maps[target] = LAYERS[op]([maps[key] for key in inputs], shapes, attributes)
         except (KeyError, TypeError, ValueError) as error:
@@ -232,12 +239,15 @@ def _read_graph(graph: dict) -> Graph:
 
 
 def _shape_of(tensor: dict) -> tuple[int, ...]:
-    """The shape of a tensor of weights. Raises ValueError unless they are finite float32, and in the file."""
+    """The shape of a tensor of weights; of the one tensor that is itself a shape, `FLATTEN`. Raises ValueError unless
+    weights are finite float32, and in the file."""
     name, dims = tensor["name"], tensor["dims"]
     where = ", ".join(entry["value"] or "" for entry in tensor["external_data"] if entry["key"] == "location")
     outside = tensor["external_data"] or tensor["data_location"]
     check(not outside, f"keeps weights in another file ({where!s:.60}), which is never read")
     check(name, "is broken: a tensor of weights has no name")
+    if tensor["data_type"] == 7 and tensor["raw_data"] == struct.pack("<3q", *FLATTEN) and dims == [3]:
+        return FLATTEN
     check(tensor["data_type"] == 1, f"has weights that are no float32 ({name:.60})")
     check(1 <= len(dims) <= 5 and all(1 <= n <= WIDEST for n in dims), f"has weights of an absurd size ({name:.60})")
     raw = tensor["raw_data"]
@@ -324,6 +334,22 @@ def _attribute(attributes: dict, name: str, kind: str) -> Any:
     return one[kind]
 
 
+def _shape(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
+    check(not weights and not attributes, "its attributes")
+    return inputs[0]._replace(form=SHAPE_OF)
+
+
+def _reshape(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
+    """Make plain maps flat, or flat ones plain again."""
+    x, *shapes = inputs
+    check(not attributes, "its attributes")
+    if not shapes:
+        check(weights == [FLATTEN], "its shape")
+        return x._replace(form=FLAT)
+    check(not weights and shapes == [x._replace(form=SHAPE_OF)], "its shape")
+    return x._replace(form=PLAIN)
+
+
 def _ints(attributes: dict, name: str) -> tuple[int, ...]:
     return tuple(_attribute(attributes, name, "ints"))
 
@@ -335,7 +361,10 @@ LAYERS: dict[str, Callable[[list[Maps], list[tuple[int, ...]], dict], Maps]] = {
     "LeakyRelu": _leaky_relu,
     "Softmax": _softmax,
     "Concat": _concat,
+    "Shape": _shape,
+    "Reshape": _reshape,
 }
+FORMS = {"InstanceNormalization": [[FLAT]], "Reshape": [[PLAIN], [FLAT, SHAPE_OF]]}  # of inputs; of others: plain
 
 
 # --- the metadata -----------------------------------------------------------------------------------------------------
@@ -420,7 +449,7 @@ _SCORES = {
     "mean_foreground_HD95_mm": lambda value: _is_real(value, 1e6),
 }
 METADATA = {  # what each field may be
-    "format": lambda value: value == FORMAT,
+    "format": lambda value: is_int(value, FORMAT, FORMAT),
     "notice": lambda value: value == RESEARCH,
     "made_by": _is_object(
         {
@@ -482,6 +511,10 @@ def _check_fit(metadata: dict, graph: Graph) -> None:
     values = [label["value"] for label in metadata["labels"]]
     n_axes, patch_size = len(graph.divisor), metadata["patch_size"]
     preprocessing = metadata["preprocessing"]
+    try:
+        Preprocessing.of_dict(preprocessing)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its preprocessing lacks a field ({error})") from error
     check(len(set(names)) == len(names) and VALID["values"](values), f"its labels are {metadata['labels']!r:.80}")
     n_schemes = len(preprocessing.get("normalizations", ()))
     check(n_schemes in (0, len(metadata["channels"])), "it has not a normalization for each channel")
@@ -503,7 +536,10 @@ def _check_fit(metadata: dict, graph: Graph) -> None:
         said = metadata["filters"]["in"].get(name), metadata["filters"]["out"].get(name)
         check(said == (n_in, n_out), f"its filters of {name:.60} are {said}, but those of the network {(n_in, n_out)}")
     steps = (metadata["postprocessing"] or {"steps": []})["steps"]
-    check(all(step == FOREGROUND or step < len(names) for step in steps), f"its post-processing is {steps}")
+    check(
+        all(step == FOREGROUND or step < len(names) for step in steps),
+        f"its postprocessing has the steps {steps!s:.80}",
+    )
     for scores in (metadata["validation"][when] for when in ("before", "after") if metadata["validation"]):
         check(len(scores["dice"]) == len(scores["HD95_mm"]) == len(names), "its validation is of other classes")
 
@@ -623,8 +659,7 @@ def _parsed(path: Path, data: bytes) -> OnnxFile:
     graph = _read_graph(reader.message(model["graph"], GRAPH, "graph"))
     try:
         _check_fit(metadata, graph)
-        Preprocessing.of_dict(metadata["preprocessing"])
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"has broken metadata: {error}") from error
     right = content_digest(model["graph"], properties[KEY])
     check(properties[SUM] == right, "is damaged or was changed since it was written: its checksum is another one")

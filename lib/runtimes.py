@@ -1,149 +1,140 @@
-"""What computes an exported model: OpenVINO or ONNX Runtime. Without torch; each is imported when it is used."""
+"""The programs that run an exported model: OpenVINO and ONNX Runtime. Without torch, and without onnx.
 
-import importlib.util
+What was checked is what they run: the bytes of the `OnnxFile`. OpenVINO's cache of compiled models is left alone: it
+saves a tenth of a second, and a damaged one changes predictions without a word.
+"""
+
 import os
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.util import find_spec
 
 import numpy as np
 
 from lib.network import Network
-from lib.onnx_file import IMAGE, OnnxFile
+from lib.onnx_file import IMAGE, PROBABILITIES, OnnxFile
 from lib.system.error import InputError
 from lib.system.process import n_cores
 
-RUNTIMES = ("openvino", "onnxruntime")  # the faster one on CPUs first
-DEVICES = ("auto", "cpu", "cuda")
+CUDA = "CUDAExecutionProvider"  # ONNX Runtime's name of it
+
+Compute = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class OnnxNetwork(Network):
-    """An exported model in a runtime, on a device ("cpu" or "cuda")."""
+    """An exported model, opened by a runtime."""
 
     file: OnnxFile
-    runtime: str
-    device: str
-    compute: Callable[[np.ndarray], np.ndarray]
+    runtime: str  # one of RUNTIMES
+    compute: Compute
 
     modalities = property(lambda self: self.file.modalities)
     n_classes = property(lambda self: self.file.n_classes)
     dim = property(lambda self: self.file.dim)
     divisor = property(lambda self: self.file.divisor)
 
-    def usual_batch(self, patch_size: tuple[int, ...]) -> int:
-        """All mirrorings of a patch in 2D; as `Network` in 3D, where more need memory."""
-        return 4 if len(patch_size) == 2 else 2
-
     def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """As `Network`. Raises InputError where the runtime fails."""
+        """Softmax maps (B, n_classes, *patch) float32 of patches (B, modalities, *patch) float32, of any B and size
+        that fit. Raises InputError where the runtime fails."""
+        patches = np.ascontiguousarray(patches, np.float32)
+        size, divisor = patches.shape[2:], self.divisor
+        if patches.shape[1] != self.modalities or len(size) != len(divisor):
+            raise ValueError(f"patches {patches.shape} do not fit {self.modalities} channels and {self.dim}")
+        if any(n % d or n == 0 for n, d in zip(size, divisor, strict=True)):
+            raise ValueError(f"the size {size} is not a multiple of {' x '.join(map(str, divisor))}")
         try:
-            return self.compute(np.ascontiguousarray(patches, np.float32))
-        except MemoryError:
-            raise
-        except Exception as error:  # the runtimes raise many types
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> InputError:
-        return failed(self.file, self.runtime, error)
-
-
-def installed() -> tuple[str, ...]:
-    """The runtimes that can be imported here."""
-    return tuple(name for name in RUNTIMES if importlib.util.find_spec(name) is not None)
+            return self.compute(patches)
+        except Exception as error:  # each runtime has types of its own
+            sizes = " x ".join(map(str, patches.shape))
+            raise _failed(self.file, self.runtime, f"cannot compute patches {sizes}", error) from error
 
 
 def open_network(
-    file: OnnxFile, runtime: str = "auto", device: str = "auto", threads: int | None = None
+    file: OnnxFile, runtime: str = "auto", threads: int | None = None, device: str = "auto"
 ) -> OnnxNetwork:
-    """An exported model, ready to compute. runtime: "auto" takes the fastest that is installed. device: "auto" takes
-    CUDA where ONNX Runtime is asked for and can use it, else the CPU. threads: None for all cores, or $OMP_NUM_THREADS.
+    """Open an exported model by a runtime; "auto" is the fastest that is installed, or for CUDA, ONNX Runtime. threads:
+    how many to use, by default $OMP_NUM_THREADS, or else one for each core. device: "auto" is CUDA where the runtime
+    can use it, or the CPU.
 
-    Raises InputError where the runtime or the device is not here, or cannot compute this file.
+    Raises InputError if the runtime is not known or not installed, cannot open the model, or not on this device.
     """
-    here = installed()
-    name = next(iter(here), RUNTIMES[0]) if runtime == "auto" else runtime
-    if name not in here:
-        raise InputError(f"--runtime {runtime}: {name} is not installed here; pip install {name}")
     if device not in DEVICES:
-        raise InputError(f"--device {device}: an exported model is computed on {', '.join(DEVICES)}")
-    opened = {"openvino": _in_openvino, "onnxruntime": _in_onnxruntime}[name]
+        raise InputError(f"--device {device}: an exported model is computed on {', '.join(DEVICES)}; give one of them")
+    if device == "cuda" and runtime == "auto":
+        runtime = "onnxruntime"
+    found = installed_runtimes()
+    if runtime != "auto" and runtime not in RUNTIMES:
+        raise InputError(f"--runtime {runtime}: is unknown; give auto, {' or '.join(RUNTIMES)}")
+    if not found if runtime == "auto" else runtime not in found:
+        name = RUNTIMES[0] if runtime == "auto" else runtime
+        what = f"none of {', '.join(RUNTIMES)} is" if runtime == "auto" else "it is not"
+        other = f", or give --runtime {found[0]}" if found else ""
+        raise InputError(f"--runtime {runtime}: {what} installed; run `pip install {name}`{other}")
+    chosen = found[0] if runtime == "auto" else runtime
     try:
-        found, compute = opened(file, device, threads or _n_threads())
-    except (InputError, MemoryError):
+        return OnnxNetwork(file, chosen, OPENERS[chosen](file.data, threads or usual_threads(), device))
+    except InputError:
         raise
-    except Exception as error:  # the runtimes raise many types
-        raise failed(file, name, error) from error
-    return OnnxNetwork(file, name, found, compute)
+    except Exception as error:
+        raise _failed(file, chosen, "cannot open it", error) from error
 
 
-def failed(file: OnnxFile, runtime: str, error: Exception) -> InputError:
+def installed_runtimes() -> tuple[str, ...]:
+    """Those that are installed, the fastest first."""
+    return tuple(name for name in RUNTIMES if find_spec(name))
+
+
+def usual_threads() -> int:
+    """$OMP_NUM_THREADS, or the number of cores that this process may use."""
+    given = re.match(r"\s*([1-9][0-9]{0,3})\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(given[1]) if given else n_cores()
+
+
+def _failed(file: OnnxFile, runtime: str, what: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return InputError(f"{file.path}: {runtime} cannot compute it ({reason}); try another --runtime")
+    others = " or ".join(name for name in RUNTIMES if name != runtime)
+    return InputError(f"{file.path}: {runtime} {what} ({reason}); try --runtime {others}")
 
 
-def _n_threads() -> int:
-    text = os.environ.get("OMP_NUM_THREADS", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else n_cores()
-
-
-def _in_openvino(file: OnnxFile, device: str, threads: int) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+def _openvino(data: bytes, threads: int, device: str) -> Compute:
     import openvino
 
     if device == "cuda":
-        raise InputError("--device cuda: OpenVINO does not compute there; give --runtime onnxruntime")
+        raise InputError("--device cuda: OpenVINO computes on the CPU; give --runtime onnxruntime, or another device")
     core = openvino.Core()
-    how = {
+    settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # a CPU that has bfloat16 would take it
+        "INFERENCE_PRECISION_HINT": "f32",  # or else a CPU that has bfloat16 would compute in it
     }
-    if place := _cache_folder():
-        how["CACHE_DIR"] = str(place)
-    model = core.read_model(file.data, b"")
-    request = core.compile_model(model, "CPU", how).create_infer_request()
+    # free sizes are no slower than fixed ones, and the last batch of a volume may be smaller
+    request = core.compile_model(core.read_model(model=data), "CPU", settings).create_infer_request()
 
     def compute(patches: np.ndarray) -> np.ndarray:
-        request.infer({0: patches}, share_inputs=True)
-        return request.get_output_tensor(0).data.copy()
+        request.infer({IMAGE: patches}, share_inputs=True)
+        return request.get_tensor(PROBABILITIES).data.copy()  # the next call writes into the same memory
 
-    return "cpu", compute
+    return compute
 
 
-def _in_onnxruntime(file: OnnxFile, device: str, threads: int) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+def _onnxruntime(data: bytes, threads: int, device: str) -> Compute:
     import onnxruntime
 
-    on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device == "cuda" and not on_cuda:
-        raise InputError("--device cuda: this ONNX Runtime cannot use it; pip install onnxruntime-gpu, or give cpu")
-    providers = ["CUDAExecutionProvider"] * (on_cuda and device != "cpu") + ["CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors alone
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would burn the others' time
-    session = onnxruntime.InferenceSession(file.data, options, providers)
-    found = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-    if device == "cuda" and found == "cpu":
-        raise InputError("--device cuda: ONNX Runtime finds no GPU that it can use; give cpu")
-
-    def compute(patches: np.ndarray) -> np.ndarray:
-        return session.run(None, {IMAGE: patches})[0]
-
-    return found, compute
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors alone, which are exceptions as well
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the cores alone
+    providers = [("CPUExecutionProvider", {})]
+    if device != "cpu" and CUDA in onnxruntime.get_available_providers():
+        providers.insert(0, (CUDA, {"use_tf32": "0"}))
+    session = onnxruntime.InferenceSession(data, options, providers=providers)
+    if device == "cuda" and CUDA not in session.get_providers():
+        raise InputError("--device cuda: this ONNX Runtime cannot use it; pip install onnxruntime-gpu, or give cpu")
+    return lambda patches: session.run([PROBABILITIES], {IMAGE: patches})[0]
 
 
-def _cache_folder() -> Path | None:
-    """Where compiled models are kept, for this user alone; None where there is no such place."""
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA")
-    elif sys.platform == "darwin":
-        root = "~/Library/Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        folder = Path(root).expanduser() / "sauron"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder if os.access(folder, os.W_OK) else None
-    except (OSError, RuntimeError, TypeError):  # read-only, no home, no such variable
-        return None
+OPENERS: dict[str, Callable[[bytes, int, str], Compute]] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+DEVICES = ("auto", "cpu", "cuda")
+RUNTIMES = tuple(OPENERS)  # the fastest first
