@@ -54,9 +54,9 @@ def thresholds_rise_at_once():
 
 @pytest.fixture(scope="module")
 def pruned(phantom, tmp_path_factory):
-    """A finished run of 4 epochs with pruning."""
+    """A finished run of 4 epochs with pruning, whose model is exported."""
     output = tmp_path_factory.mktemp("runs")
-    assert train.main([*arguments(phantom, output), *PRUNE, "--epochs", "4"]) == 0
+    assert train.main([*arguments(phantom, output), *PRUNE, "--epochs", "4", "--export"]) == 0
     return output / "unnamed" / "phantom" / "1"
 
 
@@ -85,6 +85,20 @@ def test_a_run_leaves_everything(pruned):
     assert list(pruned.glob("events.out.tfevents.*"))
     log = (pruned / "log.txt").read_text()
     assert "epoch 4/4 | loss " in log
+
+
+def test_an_exported_model_predicts_what_its_run_predicts(phantom, pruned, tmp_path):
+    """The file alone, for an image of the data set, with the post-processing that the training has chosen."""
+    assert "model.onnx" in (pruned / "log.txt").read_text().splitlines()[-1]
+    image = next(path for path in sorted(phantom.rglob("*.nii.gz")) if not path.name.endswith("_gt.nii.gz"))
+    labels = {}
+    for name, model in (("torch", pruned / "models" / "model-4"), ("exported", pruned / "model.onnx")):
+        argv = ["--model_state", model, "--input", image, "--output", tmp_path / name]
+        assert predict.main([*map(str, argv)]) == 0
+        labels[name] = np.asarray(nib.load(tmp_path / name / image.name).dataobj)
+    assert (labels["torch"] == labels["exported"]).mean() >= 0.9999
+    sizes = [json.loads((tmp_path / name / "model.json").read_text()) for name in labels]
+    assert all(sizes[0][key] == sizes[1][key] for key in ("data", "parameters", "flops", "filters"))
 
 
 @pytest.mark.parametrize("way", ["resume", "long"])

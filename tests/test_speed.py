@@ -15,6 +15,7 @@ COMMANDS = {
     "epoch": [*SMALL, "--batch_size", "2", "--batches", "2", "--num_workers", "0"],
     "data": ["--patch_size", "32", "32", "--volumes", "2"],
     "predict": SMALL,
+    "runtimes": [*SMALL, "--batch_size", "2"],
     "evaluate": [],
 }
 RATIO = re.compile(r"(.+ / .+?) +(\d+\.\d{3})  \((\d+\.\d{3}) - (\d+\.\d{3})\)")
@@ -28,7 +29,10 @@ def phantom(tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs_and_prints_ratios(command, phantom, capsys):
     folders = ["--data_path", str(phantom / "data"), "--cache_path", str(phantom / "cache")]
-    assert main([command, *COMMANDS[command], *folders, "--repeats", "1" if command == "predict" else "2"]) == 0
+    assert (
+        main([command, *COMMANDS[command], *folders, "--repeats", "1" if command in ("predict", "runtimes") else "2"])
+        == 0
+    )
     printed = capsys.readouterr().out
     ratios = [match for line in printed.splitlines() if (match := RATIO.fullmatch(line))]
     assert ratios
@@ -44,6 +48,9 @@ def test_it_runs_and_prints_ratios(command, phantom, capsys):
     if command == "predict":
         differ, n = re.search(r"voxels whose label differs: (\d+) of (\d+)", printed).groups()
         assert int(differ) <= 1e-4 * int(n)  # the two norms round differently, and the network knows nothing
+    if command == "runtimes":
+        assert all(float(apart) < 1e-4 for apart in re.findall(r"softmax maps within (\S+)", printed))
+        assert printed.count("torch / openvino") == printed.count("torch / onnxruntime") == 2
     if command == "evaluate":
         assert float(re.search(r"largest difference from medpy: (\S+)", printed)[1]) < 1e-9
 

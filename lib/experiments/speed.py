@@ -30,10 +30,13 @@ from lib.experiments import speed_parts as parts
 from lib.loss import DS_CrossEntropyDiceLoss, DS_CrossEntropyDiceLoss_Distance
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Sauron
+from lib.onnx_file import read_onnx_file
+from lib.runtimes import installed_runtimes, open_network
 from lib.settings import Settings
 from lib.system.cli import Parser, number, run_script
 from lib.system.device import find_device
 from lib.system.process import keep_freed_memory, n_cores
+from lib.torch_network import TorchNetwork
 from lib.trainer import compute_loss, train_epoch
 
 ABOUT = """\
@@ -46,6 +49,8 @@ TEXTS = {
     "data": "augmented patches from torchio's own chain over ours",
     "predict": "predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at "
     "a time",
+    "runtimes": "torch over each runtime of exported models: the forward pass of the whole network and of one with a "
+    "tenth of the FLOPs, and predict.py for an image of the test set",
     "evaluate": "metrics by medpy on the whole volumes over ours, and ours over reading the files; peak memory",
     "busy": "a training step whose threads wait for one another as OpenMP lets them by default over one whose threads "
     "wait as ours do (see lib/__init__.py), on the quiet machine, and beside as many busy "
@@ -167,6 +172,48 @@ def predict(args: argparse.Namespace) -> None:
     parts.show_ratios(seconds, *(f"ours / {other}" for other in parts.PREDICTIONS if other != "ours"))
 
 
+def runtimes(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as predict.py
+    loader = load(args)
+    image = loader.files("test")[0].image
+    large = parts.build(nnUNet, args).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("whole", large), ("small", parts.cut_down(large, args))):
+            path = parts.as_run(Path(folder, name), model, args)
+            exported = Path(folder, f"{name}.onnx")
+            exported.write_bytes(parts.exported(path, model).SerializeToString())
+            file, batch = read_onnx_file(exported), parts.made_up_batch(args)[0].numpy()
+            networks = {"torch": TorchNetwork(model)}
+            networks |= {name: open_network(file, name, args.threads, "cpu") for name in installed_runtimes()}
+            maps = {key: network(batch) for key, network in networks.items()}
+            apart = max(float(np.abs(one - maps["torch"]).max()) for one in maps.values())
+            print(f"{name} network, {args.batch_size} patches of {args.patch_size}: softmax maps within {apart:.1e}")
+            sides = {
+                key: parts.timed(partial(network, batch), args.device, wall_clock=True)
+                for key, network in networks.items()
+            }
+            seconds = parts.interleave(sides, args.repeats, warm_up=2)
+            parts.show_ratios(seconds, *(f"torch / {key}" for key in networks if key != "torch"))
+            for key, times in seconds.items():
+                parts.show_ms(f"{key}, a patch", [s / len(batch) for s in times])
+            argv = [sys.executable, parts.ROOT / "predict.py", "--input", image, "--overwrite", "--output"]
+            commands = {
+                key: [*argv, Path(folder, f"{name}-{key}"), "--model_state", state]
+                for key, state in (("torch", path), ("exported", exported))
+            }
+            sides = {
+                f"predict.py, {key}": parts.timed(
+                    partial(subprocess.run, command, check=True, capture_output=True), args.device, wall_clock=True
+                )
+                for key, command in commands.items()
+            }
+            seconds = parts.interleave(sides, args.repeats, warm_up=1)
+            parts.show_ratios(seconds, " / ".join(sides))
+            for key, times in seconds.items():
+                parts.show(key, times, " s")
+
+
 def evaluate(args: argparse.Namespace) -> None:
     truth = args.label or Loader(DATASETS["phantom"], args.data_path, args.cache_path).files("test")[0].label
     with tempfile.TemporaryDirectory() as folder:
@@ -231,6 +278,7 @@ COMMANDS = {  # their flags with the defaults, beside those of all
     epoch: {"repeats": 3, **LARGE, "batches": None, "num_workers": 1},
     data: {"repeats": 5, "volumes": 10},
     predict: {"repeats": 3, "fms_init": 16, "levels": 5, "images": 1},
+    runtimes: {"repeats": 5, "fms_init": 16, "levels": 5, "batch_size": 4, "threads": n_cores()},
     evaluate: {"repeats": 3, "label": None, "no_medpy": False},
     busy: {"repeats": 5, **SMALL, "threads": n_cores(), "steps": 10},
 }

@@ -15,19 +15,24 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
+from lib.checkpoint import save_model
 from lib.data import DATASETS
 from lib.data.loading import Loader
 from lib.experiments import baselines
+from lib.export import describe, to_onnx
 from lib.inference import Predictor
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Sauron
 from lib.models.size import summary
 from lib.pruning.surgery import prune
+from lib.runs import settings_of_model
 from lib.settings import Settings
+from lib.system.files import write_json
 from lib.system.process import keep_freed_memory
 from lib.trainer import compute_loss
 
@@ -45,14 +50,14 @@ def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warm_up: int =
     return {name: values[warm_up:] for name, values in given.items()}
 
 
-def timed(side: Callable[[], object], device: torch.device) -> Callable[[], float]:
+def timed(side: Callable[[], object], device: torch.device, wall_clock: bool = False) -> Callable[[], float]:
     """`side` as a function that gives the seconds it took: CPU seconds of this process and its finished children where
-    there is one thread, the wall clock's elsewhere."""
+    there is one thread, the wall clock's elsewhere, or if it is asked for."""
 
     def clock() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if device.type == "cpu" and torch.get_num_threads() == 1:
+        if device.type == "cpu" and torch.get_num_threads() == 1 and not wall_clock:
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
             return time.process_time() + children.ru_utime + children.ru_stime
         return time.perf_counter()
@@ -87,6 +92,20 @@ def build(kind: type[nnUNet], args: argparse.Namespace) -> nnUNet:
     model = kind(settings.modalities, settings.n_classes, settings.fms_init, settings.levels, dim=settings.dim)
     model.initialize(device=args.device)
     return model
+
+
+def as_run(folder: Path, model: nnUNet, args: argparse.Namespace) -> Path:
+    """A run folder with this model alone; returns the model's path."""
+    settings = Settings.of({key: getattr(args, key) for key in ("data", "fms_init", "levels", "patch_size")})
+    (folder / "models").mkdir(parents=True)
+    write_json(folder / "config.json", settings.as_dict())
+    save_model(folder / "models" / "model-1", model)
+    return folder / "models" / "model-1"
+
+
+def exported(path: Path, model: nnUNet) -> onnx.ModelProto:
+    """A model RUN/models/model-E, exported and not checked."""
+    return to_onnx(model, describe(path, model, settings_of_model(path), "out.onnx"))
 
 
 def cut_down(model: nnUNet, args: argparse.Namespace) -> nnUNet:
