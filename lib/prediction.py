@@ -61,7 +61,7 @@ def predict(args: argparse.Namespace) -> None:
     with tqdm(total=len(images), desc="predict", unit="image", bar_format=BAR) as bar:
         for i, (subject, files) in enumerate(images.items()):
             check_stopped()
-            prediction = predictor.file(files, args.probabilities, bar.update)
+            prediction = predictor.file(files, args.probabilities, partial(advance, bar, i + 1))
             if i == 0:  # a first image that is bad leaves nothing behind
                 start()
             if not noted and (noted := scale_note(file for file in files if file.name.endswith(NIFTI))):
@@ -76,6 +76,11 @@ def predict(args: argparse.Namespace) -> None:
     if not images:
         start()
     record.write()
+
+
+def advance(bar: tqdm, most: int, share: float) -> None:
+    """Show that so much more of an image is done, `most` images in all: shares add up to 1 but for rounding."""
+    bar.update(max(0.0, min(share, most - bar.n)))
 
 
 def find_models(args: argparse.Namespace) -> "RunModels | ExportedModels":

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from lib.evaluation import Rules, averages, each_pair, evaluate_pair, mean_foreg
 from lib.inference import Predictor, save
 from lib.models import load_model
 from lib.postprocessing import changes, decide, write_decision
-from lib.prediction import BAR
+from lib.prediction import BAR, advance
 from lib.settings import Settings
 from lib.system.cli import Parser, run_script
 from lib.system.device import find_device
@@ -113,7 +114,7 @@ def predict_all(
     with tqdm(total=len(files), desc="validation", unit="volume", bar_format=BAR) as bar:
         for i, file in enumerate(files, start=1):
             check_stopped()
-            prediction = predictor.file(file.images, advance=bar.update)
+            prediction = predictor.file(file.images, advance=partial(advance, bar, i))
             path = output / f"{file.id}{dataset.file_ending}"
             save(prediction.labels, prediction.header, path, values=dataset.values)
             pairs[file.id] = path, file.label
