@@ -176,13 +176,14 @@ def _signed(value: int) -> int:
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-PLAIN, FLAT, SHAPE_OF = "plain", "flat", "shape"
+PLAIN, FLAT, SHAPE_OF, LINES, MEANS = "plain", "flat", "shape", "lines", "means"
 FLATTEN = (0, 0, -1)  # the shape that makes plain maps flat, as ONNX has it: keep two axes, and join the others
 
 
 class Maps(NamedTuple):
     """What a layer gives. n: maps; scale: by axis, which part of the image's size theirs is (2: half of it). form:
-    PLAIN (B, n, *spatial), FLAT (B, n, voxels), or only the SHAPE_OF plain ones."""
+    PLAIN (B, n, *spatial), FLAT (B, n, voxels), or only the SHAPE_OF plain ones, their means along the last axis, LINES
+    (B, n, ..., 1), or along all, MEANS (B, n, 1, ...)."""
 
     n: int
     scale: tuple[int, ...]
@@ -350,6 +351,23 @@ def _reshape(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dic
     return x._replace(form=PLAIN)
 
 
+def _reduce_mean(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
+    """Along the last axis, and then along the others."""
+    (x,) = inputs
+    axes = tuple(range(2, 2 + len(x.scale)))
+    check(not weights and set(attributes) == {"axes", "keepdims"}, "its attributes")
+    check(_attribute(attributes, "keepdims", "i") == 1, "its keepdims")
+    check(_ints(attributes, "axes") == (axes[-1:] if x.form == PLAIN else axes[:-1]), "its axes")
+    return x._replace(form=LINES if x.form == PLAIN else MEANS)
+
+
+def _by_voxel(inputs: list[Maps], weights: list[tuple[int, ...]], attributes: dict) -> Maps:
+    """Maps of one size voxel by voxel, or with their means, or with one number."""
+    check(not attributes and weights in ([], [(1,)]), "its attributes, or weights")
+    check(len({maps[:2] for maps in inputs}) == 1, "its sizes")
+    return inputs[0]
+
+
 def _ints(attributes: dict, name: str) -> tuple[int, ...]:
     return tuple(_attribute(attributes, name, "ints"))
 
@@ -363,8 +381,17 @@ LAYERS: dict[str, Callable[[list[Maps], list[tuple[int, ...]], dict], Maps]] = {
     "Concat": _concat,
     "Shape": _shape,
     "Reshape": _reshape,
+    "ReduceMean": _reduce_mean,
+    **dict.fromkeys(("Add", "Mul", "Reciprocal", "Sqrt", "Sub"), _by_voxel),
 }
-FORMS = {"InstanceNormalization": [[FLAT]], "Reshape": [[PLAIN], [FLAT, SHAPE_OF]]}  # of inputs; of others: plain
+FORMS = {  # of the inputs; of the other layers' all are plain
+    "InstanceNormalization": [[FLAT]],
+    "Reshape": [[PLAIN], [FLAT, SHAPE_OF]],
+    "ReduceMean": [[PLAIN], [LINES]],
+    "Sub": [[PLAIN, MEANS]],
+    "Mul": [[PLAIN, PLAIN], [PLAIN, MEANS]],
+    **dict.fromkeys(("Add", "Reciprocal", "Sqrt"), [[MEANS]]),
+}
 
 
 # --- the metadata -----------------------------------------------------------------------------------------------------

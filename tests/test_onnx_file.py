@@ -277,18 +277,40 @@ def _swapped(made):
         (_attribute("Conv", "dilations", [2, 2]), ["Conv", "its attributes"]),
         (_attribute("Conv", "group", 1), ["Conv", "its attributes"]),
         (_attribute("ConvTranspose", "strides", [1, 1]), ["ConvTranspose", "its size"]),
-        (_attribute("InstanceNormalization", "epsilon", 0.1), ["its epsilon"]),
-        (_attribute("InstanceNormalization", "epsilon", 1), ["its epsilon"]),
         (_attribute("LeakyRelu", "alpha", 0.5), ["its alpha"]),
         (_attribute("Softmax", "axis", 2), ["its axis"]),
         (_attribute("Concat", "axis", 2), ["its axis"]),
-        (_attribute("Shape", "start", 1), ["its attributes"]),
         (_without_bias, ["Conv"]),
         (_swapped, ["its weights"]),
     ],
 )
 def test_another_network_is_refused(tmp_path, change, words):
     made, _ = exported.exported("2D")
+    change(made)
+    refused(written(tmp_path / "a.onnx", made), *words)
+
+
+def _first_mean(made):
+    """The variance is taken for the mean, which is not known yet."""
+    first = _node(made, "Sub")
+    first.input[1] = next(node.output[0] for node in made.graph.node if node.op_type == "Sqrt")
+
+
+@pytest.mark.parametrize(
+    ("dim", "change", "words"),
+    [
+        ("3D", _attribute("InstanceNormalization", "epsilon", 0.1), ["its epsilon"]),
+        ("3D", _attribute("InstanceNormalization", "epsilon", 1), ["its epsilon"]),
+        ("3D", _attribute("Shape", "start", 1), ["its attributes"]),
+        ("2D", _attribute("ReduceMean", "axes", [1]), ["its axes"]),
+        ("2D", _attribute("ReduceMean", "keepdims", 0), ["its keepdims"]),
+        ("2D", lambda made: _node(made, "Sub").input.reverse(), ["the form of its input"]),
+        ("2D", lambda made: _node(made, "Add").input.append("epsilon"), ["its attributes, or weights"]),
+        ("2D", _first_mean, ["an input that nothing gives"]),
+    ],
+)
+def test_another_norm_is_refused(tmp_path, dim, change, words):
+    made, _ = exported.exported(dim)
     change(made)
     refused(written(tmp_path / "a.onnx", made), *words)
 
