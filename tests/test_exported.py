@@ -17,6 +17,7 @@ from niftis import assert_same_grid
 from test_dicom import write_series
 
 import predict
+from lib.data import DATASETS
 from lib.inference import Predictor
 from lib.onnx_file import read_onnx_file
 from lib.runtimes import RUNTIMES
@@ -210,11 +211,28 @@ def test_a_folder_in_the_layout_of_a_known_data_set_is_understood(toy, tmp_path)
     assert [path.name for path in toy.out.glob("*.nii.gz")] == ["patient101_frame01.nii.gz"]
 
 
+def test_the_model_that_comes_with_the_program_segments_phantoms(tmp_path):
+    """Of a case that it was not trained on."""
+    file = read_onnx_file(ROOT / "lib" / "pretrained" / "phantom.onnx")
+    assert file.metadata["validation"]["after"]["mean_foreground_dice"] > 0.95 and len(file.data) < 2**20
+    assert file.metadata["flops"]["after"] <= 0.25 * file.metadata["flops"]["before"]
+    partitions = DATASETS["phantom"].partitions(tmp_path / "data", "0.9:0.1", 42)
+    case = partitions["test"][0]
+    argv = ["--model_state", file.path, "--input", case.image, "--output", tmp_path / "out"]
+    assert predict.main([*map(str, argv)]) == 0
+    labels = np.asarray(nib.load(tmp_path / "out" / case.image.name).dataobj)
+    truth = np.asarray(nib.load(case.label).dataobj)
+    for k in (1, 2, 3):
+        ours, true = labels == k, truth == k
+        assert 2 * (ours & true).sum() / (ours.sum() + true.sum()) > 0.9
+
+
 BLOCKED = """
 import sys
 for name in ("torch", "torchio", "scipy", "filelock", "PIL", "onnx", "onnxruntime", "medpy", "matplotlib"):
     sys.modules[name] = None
 import predict
+from lib.data import DATASETS
 sys.exit(predict.main(sys.argv[1:]))
 """
 
