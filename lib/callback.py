@@ -34,7 +34,7 @@ def _end_epoch_save_best(state: TrainingState) -> None:
 
 def _end_epoch_prune(state: TrainingState) -> None:
     """Delete the filters that the rule chooses (paper section 3.3). Once it is done, models/model-best is the best of
-    the networks that fit."""
+    the networks that are not pruned any more."""
     rule, done = state.rule, state.rule.done
     stays = rule.choose(state.epoch, state.model, state.rows, state.delta_prune)
     if stays:

@@ -41,8 +41,9 @@ def fit(
     """Train from the epoch after `state.epoch` to `epochs`; `amp` lets the network compute in bfloat16 where that is
     safe. All ranks call each callback, with equal states; where one rank fails or is stopped, all end.
 
-    Once the rule that prunes is done, nothing is left for the distance term to prepare: the segmentation loss alone
-    trains the small network, and the learning rate starts anew for the epochs that are left.
+    Once the rule that prunes is done (with a budget: when it is met, and at the latest when --prune_between ends),
+    nothing is left for the distance term to prepare: the segmentation loss alone trains the small network, and the
+    learning rate starts anew for the epochs that are left.
     """
     while state.epoch < epochs:
         done = state.rule.done

@@ -265,6 +265,9 @@ def test_the_best_model_is_one_that_fits_the_budget(made_up):
     assert read_run(made_up(flags=flags, more=losses | {"budget_met": [False] * 3})).best == 1
     assert read_run(made_up(flags=flags, more=losses | {"budget_met": [True] * 3})).best == 3
     assert read_run(made_up(flags=flags, more=losses | {"budget_met": [False, False, True]})).best == 1  # none yet
+    not_met = {"budget_met": [False] * 3, "pruning_over": [False, True, True]}
+    run = read_run(made_up(flags=flags, more=losses | not_met))
+    assert (run.met, run.over, run.best) == (None, 2, 3)
     assert read_run(made_up()).best == 3
     assert read_run(made_up(validation=False)).best is None
 

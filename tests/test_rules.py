@@ -267,11 +267,26 @@ def test_once_met_nothing_is_pruned_any_more_not_even_after_a_resume(start):
 )
 def test_a_budget_that_cannot_be_met_says_what_was_reached_and_why(start, settings, reason):
     go_on(start, 12, max_flops=1.0, **settings)
-    (line,) = start.lines
+    line, next_line = start.lines
     last = 9 if "between" in settings else 10
+    assert next_line == "the training goes on with this network as if the budget were met"
+    assert [r["pruning_over"] for r in start.rows] == [r["epoch"] >= last for r in start.rows]
+    assert start.rule.done == last and not any(r["budget_met"] for r in start.rows)
     flops = start.rows[-1]["flops"]
     reached = f"{flops:,} FLOPs ({100 * flops / start.unpruned['flops']:.1f}%) after epoch {last}, the last that prunes"
     assert line.startswith(f"budget not met: {reached}; {reason}")
+
+
+def test_a_run_of_the_time_before_its_end_was_noted_ends_with_its_next_epoch(start):
+    """It stopped after the last epoch that prunes, without its budget."""
+    go_on(start, 10, max_flops=1.0)
+    for row_ in start.rows:
+        del row_["pruning_over"]
+    start.rule = BudgetRule(1.0, None, Bounds((0, 10), 1), (8, 8), start.unpruned["flops"])
+    start.rule.load_state_dict({}, start.rows)
+    assert start.rule.done == 0
+    go_on(start, 12, max_flops=1.0)
+    assert start.rule.done == 11 and start.rows[-1]["filters"] == start.rows[9]["filters"]
 
 
 def test_a_limit_of_milliseconds_is_measured_once_for_each_network(start, monkeypatch):

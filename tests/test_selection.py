@@ -23,7 +23,7 @@ def test_the_nearest_filters_go_within_the_bounds(delta, threshold, at_least, fr
     stay = kept(len(delta), gone).tolist()
     assert r in stay and sorted(stay + gone) == list(range(len(delta)))
     assert len(stay) >= min(at_least, len(delta))
-    assert len(gone) <= fraction * len(delta) + 1e-6
+    assert len(gone) <= max(1, fraction * len(delta) + 1e-6)
     if at_least == fraction == 1:
         assert len(gone) == len(below)
 
@@ -37,7 +37,9 @@ def test_the_nearest_filters_go_within_the_bounds(delta, threshold, at_least, fr
         (0.9, 6, 1.0, []),  # fewer than the floor already
         (0.9, 1, 0.4, [4, 2]),  # 40% of five are two
         (0.9, 1, 0.39, [4]),
-        (0.9, 1, 0.19, []),  # less than one
+        (0.9, 1, 0.19, [4]),  # one may always go ...
+        (0.9, 5, 0.19, []),  # ... but not below the floor ...
+        (0.1, 1, 0.19, []),  # ... or from above the threshold
         (1.1, 1, 1.0, [4, 2, 1, 0]),
     ],
 )
@@ -48,6 +50,14 @@ def test_deletable_by_hand(threshold, at_least, fraction, gone):
 
 def test_the_fraction_is_not_cut_by_round_off():
     assert len(deletable(torch.zeros(100), 0, 1.0, 1, 0.29)) == 29  # 0.29 * 100 is 28.999999999999996
+
+
+@pytest.mark.parametrize("n", [4, 6, 32])
+def test_a_fraction_slows_a_block_down_but_does_not_keep_it_from_its_floor(n):
+    widths = [n]
+    while gone := deletable(torch.zeros(widths[-1]), 0, 1.0, 2, 0.15):
+        widths.append(widths[-1] - len(gone))
+    assert widths[-1] == 2 and widths[-5:] == ([6, 5, 4, 3, 2] if n > 4 else [4, 3, 2])
 
 
 @pytest.mark.parametrize(("min_filters", "feeds_a_head"), [(2, 5), (7, 7)])

@@ -220,7 +220,7 @@ def report(folder: Path, data_path: str | None = None, cache_path: str | None = 
     device = find_device(device)
     loss = run.settings.loss
     if loss.endswith("_Distance"):
-        loss += f" (lambda = {run.settings.lambda_:g}" + (f", 0 after epoch {run.met})" if run.met else ")")
+        loss += f" (lambda = {run.settings.lambda_:g}" + (f", 0 after epoch {run.over})" if run.over else ")")
     figures: dict[str, tuple[Callable[[Run], Figure], str]] = {
         "loss": (draw_loss, f"{loss}: summed over the heads, mean over the patches."),
         "dice": (draw_dice, "Each class, and their mean, over the validation subjects; before the epoch's pruning."),

@@ -127,17 +127,26 @@ class Run:
     @property
     def met(self) -> int | None:
         """The epoch at whose end the network fitted its budget; None if it did not, or there is none."""
-        met = zip(self.history["epoch"], self.history.get("budget_met", []), strict=False)
-        return next((epoch for epoch, yes in met if yes), None)
+        return self._first("budget_met")
+
+    @property
+    def over(self) -> int | None:
+        """The epoch at whose end the pruning to a budget was over, met or not; None if it is not, or there is none."""
+        return self._first("pruning_over") or self.met
+
+    def _first(self, what: str) -> int | None:
+        """The first epoch of which the history says so."""
+        said = zip(self.history["epoch"], self.history.get(what, []), strict=False)
+        return next((epoch for epoch, yes in said if yes), None)
 
     @property
     def best(self) -> int | None:
         """The epoch of models/model-best: the first of the lowest validation loss. Where epochs were validated after
-        the budget was met, it is one of them. None without a validation."""
+        the pruning to a budget was over, it is one of them. None without a validation."""
         validated = zip(self.history["epoch"], self.history["val_loss"], self.history["val_dice"], strict=True)
         losses = {e: v for e, v, dice in validated if dice is not None}  # a published run's epochs have no Dice here
-        fit = {e: v for e, v in losses.items() if self.met is not None and e > self.met} or losses
-        return min(fit, key=fit.get, default=None)
+        final = {e: v for e, v in losses.items() if self.over is not None and e > self.over} or losses
+        return min(final, key=final.get, default=None)
 
     @property
     def newest_model(self) -> Path:
@@ -202,8 +211,9 @@ def _check_history(history: dict[str, list], n_classes: int) -> None:
     for dice in history["val_dice"]:
         if dice is not None:
             _check_dice(dice, n_classes)
-    if not all(type(value) is bool for value in history.get("budget_met", [])):
-        raise ValueError("budget_met is neither true nor false")
+    for key in ("budget_met", "pruning_over"):
+        if not all(type(value) is bool for value in history.get(key, [])):
+            raise ValueError(f"{key} is neither true nor false")
     if len(ms) not in (0, n) or not all(value is None or _is_number(value) for value in ms):
         raise ValueError("ms is no number")
 

@@ -73,7 +73,8 @@ def budget_tau(epoch: int, between: tuple[float, float]) -> float:
 @dataclass(frozen=True)
 class Bounds:
     """What keeps a rule from deleting too much: nothing goes but after the epochs `between` (first excluded, last
-    included), a block keeps `min_filters` (see `fewest_filters`) and loses at most `max_prune_fraction` in an epoch."""
+    included), a block keeps `min_filters` (see `fewest_filters`) and loses at most `max_prune_fraction`, or else one
+    filter, in an epoch."""
 
     between: tuple[float, float]
     min_filters: int = 2
@@ -86,8 +87,8 @@ class Bounds:
 class Rule:
     """Nothing is pruned. What the other rules share with this one:
 
-    measures: whether the last batch of an epoch is to measure delta_prune. done: the epoch at whose end nothing was
-    left to prune, 0 until then. notes: lines for the log about the newest epoch.
+    measures: whether the last batch of an epoch is to measure delta_prune. done: the epoch at whose end pruning was
+    over for good, 0 until then. notes: lines for the log about the newest epoch.
     """
 
     measures = False
@@ -165,8 +166,9 @@ class PaperRule(Rule):
 
 
 class BudgetRule(Rule):
-    """One threshold for all blocks climbs at an even pace, and the filters below it go; the moment that the network
-    fits, pruning stops for good. An epoch deletes those of the smallest delta_prune, and no more than needed to fit.
+    """One threshold for all blocks climbs at an even pace, and the filters below it go. Pruning stops for good once the
+    network fits, and at the latest after the last epoch of `bounds.between`, whether it fits or not. An epoch deletes
+    those of the smallest delta_prune, and no more than needed to fit.
 
     max_flops: of one patch; max_ms: milliseconds for one patch on the model's device; None: no such limit.
     unpruned_flops: of the network before any filter went, for the log.
@@ -186,6 +188,7 @@ class BudgetRule(Rule):
         self.patch_size, self.unpruned_flops = patch_size, unpruned_flops
         self.taus: dict[str, float | None] = {}
         self.ms: float | None = None
+        self.met = False
 
     def choose(self, epoch: int, model: nnUNet, rows: list[dict], measured: Measured) -> dict[str, Tensor]:
         self.notes, self.ms = (), None
@@ -195,6 +198,7 @@ class BudgetRule(Rule):
         if climbs or len(rows) == 1:
             self.taus = dict.fromkeys(fewest, threshold)
         if not climbs:
+            self._end(epoch)
             return {}
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
         candidates = []
@@ -209,7 +213,17 @@ class BudgetRule(Rule):
         stays = {name: kept(widths[name], filters) for name, filters in lost.items()}
         left = widths | {name: len(indices) for name, indices in stays.items()}
         self._conclude(epoch, size(left), all(n <= fewest[name] for name, n in left.items()))
+        self._end(epoch)
         return stays
+
+    def _end(self, epoch: int) -> None:
+        """Note that pruning is over, if it is."""
+        if not self.done and (self.met or self._is_late(epoch)):
+            self.done = epoch
+
+    def _is_late(self, epoch: int) -> bool:
+        """Whether no later epoch prunes."""
+        return epoch + 1 > self.bounds.between[1]
 
     def _measuring(self, model: nnUNet) -> Callable[[dict[str, int]], dict[str, float]]:
         """A function from widths to {"flops", "ms"}. It measures each network once: a second look at the clock might
@@ -236,9 +250,9 @@ class BudgetRule(Rule):
         text = f"{size['flops']:,} FLOPs ({100 * size['flops'] / self.unpruned_flops:.1f}%)"
         text += f", {size['ms']:.2f} ms per patch" if self.max_ms else ""
         if self._fits(size):
-            self.done = epoch
+            self.met = True
             self.notes = (f"budget met after epoch {epoch}: {text}; nothing more is pruned",)
-        elif epoch + 1 > self.bounds.between[1]:
+        elif self._is_late(epoch):
             least = self.bounds.min_filters
             reason = (
                 f"every block has as few filters as --min_filters {least} allows"
@@ -246,13 +260,18 @@ class BudgetRule(Rule):
                 if at_the_floor
                 else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
             )
-            self.notes = (f"budget not met: {text} after epoch {epoch}, the last that prunes; {reason}",)
+            self.notes = (
+                f"budget not met: {text} after epoch {epoch}, the last that prunes; {reason}",
+                "the training goes on with this network as if the budget were met",
+            )
 
     def row(self) -> dict:
-        return {"budget_met": self.done > 0, "ms": self.ms, "tau": self.taus}
+        return {"budget_met": self.met, "pruning_over": self.done > 0, "ms": self.ms, "tau": self.taus}
 
     def load_state_dict(self, saved: dict, rows: list[dict]) -> None:
-        self.done = next((row["epoch"] for row in rows if row.get("budget_met")), 0)
+        self.met = any(row.get("budget_met") for row in rows)
+        over = (row["epoch"] for row in rows if row.get("pruning_over", row.get("budget_met")))
+        self.done = next(over, 0)
         self.taus = rows[-1].get("tau", {}) if rows else {}
 
     def take_over(self, taus: dict[str, float], patiences: dict[str, int], widths: list[dict[str, int]]) -> None:

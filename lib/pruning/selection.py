@@ -25,9 +25,10 @@ def fewest_filters(model: nnUNet, min_filters: int) -> dict[str, int]:
 
 def deletable(delta_prune: Tensor, r: int, threshold: float, at_least: int, fraction: float = 1.0) -> list[int]:
     """The filters of a block that may go, the smallest delta_prune first: all below the threshold but r, as long as
-    `at_least` filters stay and no more than `fraction` of them go."""
+    `at_least` filters stay and no more than `fraction` of them go. One may always go: a small block would else keep
+    more than `at_least` for good."""
     n = len(delta_prune)
-    most = max(0, min(n - at_least, math.floor(fraction * n + 1e-9)))
+    most = max(0, min(n - at_least, max(1, math.floor(fraction * n + 1e-9))))
     values = delta_prune.tolist()
     return [c for c in sorted(range(n), key=values.__getitem__) if c != r and values[c] < threshold][:most]
 
