@@ -3,7 +3,16 @@ import pytest
 import torch
 import torchio as tio
 
-from lib.data.augmentation import RandomElasticDeformation, augmentation, elastic_grid, zscored
+from lib.data import augmentation as module
+from lib.data.augmentation import (
+    RandomElasticDeformation,
+    RandomTurn,
+    augmentation,
+    augmentation_of_plan,
+    elastic_grid,
+    turn,
+    zscored,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")  # 7.5 mm may fold volumes so small
 SPACING = np.diag([1.25, 1.25, 8.0, 1.0])
@@ -165,3 +174,84 @@ def test_without_displacement_every_voxel_comes_from_itself():
     for axis, (found, size) in enumerate(zip((x, y, z), (6, 5, 4), strict=True)):
         own = torch.arange(size).reshape([-1 if i == axis else 1 for i in range(3)]).expand(6, 5, 4)
         torch.testing.assert_close(found, own.float(), rtol=0, atol=1e-4)
+
+
+# Of planned 3D data
+
+
+def drawn(monkeypatch, patch_size, n=600):
+    """What `n` applications of the first transform draw: (n, 3) degrees and factors; those that do nothing left out."""
+    calls = []
+    monkeypatch.setattr(module, "turn", lambda subject, degrees, factors: calls.append((degrees, factors)))
+    first = augmentation_of_plan(patch_size).transforms[0]
+    assert isinstance(first, RandomTurn)
+    torch.manual_seed(0)
+    for _ in range(n):
+        first(subject(torch.zeros(1, 2, 2, 2)))
+    return np.array(calls).transpose(1, 0, 2)
+
+
+def test_a_patch_of_about_equal_sides_turns_about_every_axis(monkeypatch):
+    degrees, factors = drawn(monkeypatch, (40, 56, 40))
+    turned, scaled = (degrees != 0).any(1), (factors != 1).any(1)
+    for events, p in ((turned, 0.2), (scaled, 0.2), (turned & scaled, 0.04)):
+        assert abs(events.sum() / 600 - p) < 4 * np.sqrt(p * (1 - p) / 600)
+    assert np.abs(degrees).max() <= 30 and (degrees.max(0) > 25).all() and (degrees.min(0) < -25).all()
+    assert (factors == factors[:, :1]).all() and 0.7 <= factors.min() < 0.73 and 1.36 < factors.max() <= 1.4
+    assert 0.35 < (factors[scaled, 0] < 1).mean() < 0.65
+
+
+@pytest.mark.parametrize(("patch_size", "flat"), [((16, 64, 64), True), ((64, 20, 64), True), ((16, 48, 48), False)])
+def test_a_flat_patch_turns_in_its_plane(monkeypatch, patch_size, flat):
+    degrees, factors = drawn(monkeypatch, patch_size)
+    still = (degrees[:, 1:] == 0).all() and (factors[:, 0] == 1).all()
+    assert still == flat and (np.abs(degrees[:, 0]).max() > 150) == flat
+    assert (factors[:, 1] == factors[:, 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "factors", "to"),
+    [
+        ([90, 0, 0], [1, 1, 1], (10, -6, 12)),  # the second axis goes to the third
+        ([0, 90, 0], [1, 1, 1], (6, 12, -10)),  # the third one to the first
+        ([0, 0, 90], [1, 1, 1], (-12, 10, 6)),  # the first one to the second
+        ([90, 90, 0], [1, 1, 1], (12, -6, -10)),  # one after the other
+        ([0, 0, 0], [0.5, 1, 1.5], (5, 12, 9)),
+        ([0, 0, 90], [0.5, 1, 1], (-12, 5, 6)),  # scaled first
+    ],
+)
+def test_a_point_goes_where_it_should_in_mm(degrees, factors, to):
+    spacing = np.array([1.0, 2.0, 3.0])
+    shape = (41, 21, 15)
+    mm = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+    mm = np.stack(np.meshgrid(*mm, indexing="ij"))
+    blob = np.exp(-((mm - np.reshape([10, 12, 6], (3, 1, 1, 1))) ** 2).sum(0) / 2 / 3**2)
+    moved = subject(torch.tensor(blob, dtype=torch.float32)[None], affine=np.diag([*spacing, 1]))
+    turn(moved, degrees, factors)
+    blob = moved.image.data[0].numpy()
+    np.testing.assert_allclose((mm * blob).sum((1, 2, 3)) / blob.sum(), to, atol=0.25)
+
+
+def test_labels_turn_with_the_image_and_zeros_come_from_outside():
+    label = torch.ones(1, 20, 24, 22, dtype=torch.uint8)
+    label[0, 5:12, 7:20, 4:18] = 3
+    for transform in ([30, -20, 10], [0.8] * 3), ([0, 0, 0], [1.4] * 3), ([45, 0, 0], [1] * 3):
+        one = subject(label.float(), label, np.diag([2.0, 1.5, 2.0, 1.0]))
+        turn(one, *transform)
+        image, labels = one.image.data, one.label.data
+        inside = torch.nn.functional.max_pool3d(image, 3, 1, 1) + torch.nn.functional.max_pool3d(-image, 3, 1, 1) == 0
+        assert torch.equal(image[inside], labels[inside].float()) and inside.double().mean() > 0.2
+        assert set(labels.unique().tolist()) == ({1, 3} if max(transform[1]) > 1 else {0, 1, 3})
+        assert labels.shape == label.shape
+
+
+def test_what_is_not_turned_stays_to_the_bit():
+    image = torch.rand(1, 6, 7, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    chain = augmentation_of_plan((32, 32, 32))
+    assert [transform.name for transform in chain.transforms] == ["RandomTurn", "RandomGamma", "RandomFlip"]
+    changed = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        result = chain(subject(image, (image > 0).byte())).image.data
+        changed += not torch.equal(result.flatten().sort().values, image.flatten().sort().values)
+    assert 20 < changed < 45  # 1 - 0.8 * 0.8 * 0.7 = 55%

@@ -1,11 +1,15 @@
 """The random changes that every training volume goes through (torchio's terms and random numbers)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 import torchio as tio
 from torch import Tensor
 
 from lib.data.preprocessing import zscore
+
+FLAT = 3  # a patch whose longest axis has more than so many times the voxels of its shortest one turns in-plane only
 
 
 class RandomFlip(tio.RandomFlip):
@@ -91,8 +95,73 @@ def zscored(tensor: Tensor) -> Tensor:
     return torch.from_numpy(zscore(tensor.numpy()))
 
 
+class RandomTurn(tio.transforms.augmentation.RandomTransform, tio.SpatialTransform):
+    """Turns a volume about its centre and scales it, each with probability 0.2, and both in one interpolation.
+
+    degrees: the largest angle about each axis. scaled: whether an axis is scaled; all that are by one factor, whose
+    logarithm is uniform from log(0.7) to log(1.4). What comes from outside is 0, in images as in labels: as where a
+    volume is padded to the patch. For volumes with a diagonal affine.
+    """
+
+    def __init__(self, degrees: tuple[float, float, float], scaled: tuple[bool, bool, bool], **kwargs):
+        super().__init__(**kwargs)
+        self.degrees, self.scaled = degrees, scaled
+
+    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
+        turns, scales = (torch.rand(2) < 0.2).tolist()
+        degrees = [self.sample_uniform(-most, most) if turns and most else 0.0 for most in self.degrees]
+        factor = math.exp(self.sample_uniform(math.log(0.7), math.log(1.4))) if scales else 1.0
+        if turns or scales:
+            turn(subject, degrees, [factor if scaled else 1.0 for scaled in self.scaled])
+        return subject
+
+
+def turn(subject: tio.Subject, degrees: list[float], factors: list[float]) -> None:
+    """Scale the volumes of a subject along their axes and turn them about the first, then the second, then the third
+    one, in mm about the centre, in place."""
+    matrix = torch.diag(1 / torch.tensor(factors))
+    for axis, angle in enumerate(degrees):  # the inverse of it all: from each voxel to where its value comes from
+        matrix = matrix @ _rotation(axis, -angle)
+    subject.check_consistent_spatial_shape()
+    half = torch.tensor(subject.spatial_shape) * torch.tensor(subject.spacing, dtype=torch.float32) / 2
+    theta = F.pad((matrix * half / half[:, None]).flip(0, 1), (0, 1))  # grid_sample begins with the last axis
+    grid = F.affine_grid(theta[None], [1, 1, *subject.spatial_shape], align_corners=False)
+    for image in subject.get_images(intensity_only=False):
+        mode = "nearest" if isinstance(image, tio.LabelMap) else "bilinear"
+        image.set_data(F.grid_sample(image.data[None].float(), grid, mode, "zeros", align_corners=False)[0])
+
+
+def _rotation(axis: int, degrees: float) -> Tensor:
+    """(3, 3): the rotation about an axis that takes the next axis towards the one after it."""
+    matrix, angle = torch.eye(3), math.radians(degrees)
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrix[i, i] = matrix[j, j] = math.cos(angle)
+    matrix[j, i], matrix[i, j] = math.sin(angle), -math.sin(angle)
+    return matrix
+
+
+def augmentation_of_plan(patch_size: tuple[int, int, int]) -> tio.Compose:
+    """As `augmentation`, but for 3D data that were planned by nnU-Net's rules, with its turns and scales:
+
+    1. RandomTurn up to 30 degrees about every axis, scaled alike along all; with a `FLAT` patch up to 180 degrees about
+       its first axis, which is not scaled
+    2. RandomGamma as there
+    3. RandomFlip of each axis, p = 0.5 each
+
+    Nothing is bent, and no z-score follows.
+    """
+    flat = max(patch_size) / min(patch_size) > FLAT
+    degrees, scaled = ((180, 0, 0), (False, True, True)) if flat else ((30, 30, 30), (True, True, True))
+    transforms = [
+        RandomTurn(degrees, scaled, copy=False),
+        tio.RandomGamma(log_gamma=(-0.3, 0.5), p=0.3, copy=False),
+        RandomFlip(axes=(0, 1, 2), flip_probability=0.5, copy=False),
+    ]
+    return tio.Compose(transforms, copy=False)
+
+
 def augmentation(dim: str, final_zscore: bool = True) -> tio.Compose:
-    """Changes a tio.Subject with "image" and "label" in place, drawing from torch's global generator, in this order:
+    """As published: changes a tio.Subject with "image" and "label" in place, drawing from torch's global generator:
 
     1. RandomAffine, scaling 0.85..1.25 independently on the two in-plane axes, p = 0.2
     2. RandomAffine, rotation -180..180 degrees about the slice axis, p = 0.2

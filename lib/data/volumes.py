@@ -11,7 +11,7 @@ import torchio as tio
 from torch.utils.data import Dataset
 
 from lib.data import cache, patches
-from lib.data.augmentation import augmentation, zscored
+from lib.data.augmentation import augmentation, augmentation_of_plan, zscored
 from lib.data.BaseDataset import BaseDataset
 
 
@@ -51,8 +51,12 @@ class AugmentedPatches(Dataset):
         self.folders, self.patch_size, self.seeds, self.foreground = folders, patch_size, seeds, foreground
         self.n, self.n_classes, self.ignore = dataset.patches_per_volume, dataset.n_classes, dataset.ignore is not None
         self.field = tuple(map(max, patch_size, dataset.patch_size))
-        normalized = dataset.preprocessing.normalizations
-        self.augmentation = augmentation(dataset.dim, final_zscore=False) if normalized else augmentation(dataset.dim)
+        if not dataset.preprocessing.normalizations:
+            self.augmentation = augmentation(dataset.dim)
+        elif dataset.dim == "2D":
+            self.augmentation = augmentation(dataset.dim, final_zscore=False)
+        else:
+            self.augmentation = augmentation_of_plan(self.patch_size)
 
     def __len__(self) -> int:
         return len(self.folders)
