@@ -239,8 +239,9 @@ def test_labels_turn_with_the_image_and_zeros_come_from_outside():
         one = subject(label.float(), label, np.diag([2.0, 1.5, 2.0, 1.0]))
         turn(one, *transform)
         image, labels = one.image.data, one.label.data
-        inside = torch.nn.functional.max_pool3d(image, 3, 1, 1) + torch.nn.functional.max_pool3d(-image, 3, 1, 1) == 0
-        assert torch.equal(image[inside], labels[inside].float()) and inside.double().mean() > 0.2
+        for value in (0, 3):  # an interpolated value is an extreme one only where all around it are
+            sure = (image - value).abs() < 1e-3
+            assert (labels[sure] == value).all() and (sure.any() or value == 0)
         assert set(labels.unique().tolist()) == ({1, 3} if max(transform[1]) > 1 else {0, 1, 3})
         assert labels.shape == label.shape
 
