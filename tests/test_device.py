@@ -12,14 +12,15 @@ import lib.training
 import predict
 import train
 from lib.loss import DS_CrossEntropyDiceLoss_Distance
-from lib.models import Sauron
+from lib.models import Sauron, load_model
 from lib.system import device
 from lib.system.device import faster_precision, find_device, seconds_of
 from lib.system.error import InputError
 from lib.system.process import Stopped
 from lib.torch_network import TorchNetwork
-from lib.trainer import trial_step
+from lib.trainer import compute_loss, trial_step
 
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU (CUDA) is here")
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0", "--device", "cpu"]
 
 
@@ -204,3 +205,51 @@ def test_predictions_are_in_the_faster_precision(model, tmp_path, monkeypatch, c
     times(monkeypatch, 0.010, 0.007)
     assert probabilities("fast", "--amp") != plain
     assert "bfloat16 is used" in capsys.readouterr().out
+
+
+# On a GPU
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_a_gpu_computes_what_the_cpu_does(dim):
+    """Softmax maps, both distances, the loss and its gradients, in float32."""
+    patch = (32, 48, 16)[: int(dim[0])]
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(3, 1, *patch, generator=generator), torch.randint(4, (3, *patch), generator=generator)
+    found = {}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for name in ("cpu", "cuda"):
+            torch.manual_seed(0)
+            network = Sauron(1, 4, 8, 3, dim=dim)
+            network.initialize()
+            network.to(name).train()
+            criterion = DS_CrossEntropyDiceLoss_Distance()
+            loss, measured = compute_loss(network, criterion, images.to(name), labels.to(name), delta_prune=True)
+            loss.backward()
+            assert [r for _, r in measured.delta_prune.values()] == found.get("r", []) or name == "cpu"
+            found["r"] = [r for _, r in measured.delta_prune.values()]
+            values = [*measured.outputs, *measured.delta_opt.values(), *(d for d, _ in measured.delta_prune.values())]
+            found[name] = [loss, *values, *(parameter.grad for parameter in network.parameters())]
+    largest = max(value.detach().norm() for value in found["cpu"])
+    for ours, theirs in zip(found["cpu"], found["cuda"], strict=True):
+        assert theirs.device.type == "cuda"
+        assert (theirs.cpu() - ours).norm() <= 2e-3 * ours.norm() + 1e-6 * largest
+
+
+@needs_a_gpu
+def test_a_training_on_a_gpu_prunes_goes_on_and_leaves_a_model_for_the_cpu(phantom, tmp_path):
+    flags = ["--device", "cuda", "--val_interval", "1", "--max_flops", "60%", "--prune_between", "0%", "50%"]
+    assert train.main([*arguments(phantom, tmp_path), *flags, "--epochs", "2"]) == 0
+    run = tmp_path / "unnamed" / "phantom" / "1"
+    assert train.main(["--resume", str(run), "--epochs", "3", "--device", "cuda"]) == 0
+    history = json.loads((run / "history.json").read_text())
+    assert history["epoch"] == [1, 2, 3]
+    assert history["pruning_over"] == [True] * 3 and history["filters"][0] == history["filters"][2]
+    on = {}
+    image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("cpu", "cuda"):
+        model = load_model(run / "models" / "model-3", name)
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            on[name] = model(image.to(name))[0].cpu()
+    torch.testing.assert_close(on["cuda"], on["cpu"], rtol=0, atol=1e-4)
