@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lib.models.layers import Conv2d, InstanceNorm
+from lib.models.layers import Conv2d, Conv3d, InstanceNorm
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 2, 4, 6, 5)])
@@ -17,10 +17,12 @@ def test_instance_norm_and_its_gradient_equal_torchs(shape):
     torch.testing.assert_close(*gradients)
 
 
-def test_few_filters_with_the_channels_last_compute_the_same():
-    conv, plain = Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.Conv2d(3, 5, 3, stride=2, padding=1)
+@pytest.mark.parametrize(("ours", "torchs"), [(Conv2d, torch.nn.Conv2d), (Conv3d, torch.nn.Conv3d)])
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_filters_with_the_channels_last_compute_the_same(ours, torchs, n):
+    conv, plain = ours(3, 5, 3, stride=2, padding=1), torchs(3, 5, 3, stride=2, padding=1)
     plain.load_state_dict(conv.state_dict())
-    images = torch.randn(2, 3, 12, 10)
+    images = torch.randn(n, 3, *(12, 10, 8)[: plain.weight.ndim - 2])
     results = []
     for module in (conv, plain):
         x = images.clone().requires_grad_()
@@ -30,3 +32,29 @@ def test_few_filters_with_the_channels_last_compute_the_same():
         results.append([y, x.grad, module.weight.grad, module.bias.grad])
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("filters", "kernel", "stride"), [((1, 8), 3, 1), ((8, 6), 3, (1, 2, 2)), ((20, 3), 1, 1)])
+def test_a_single_patch_in_inference_mode_is_computed_the_same(filters, kernel, stride, dtype):
+    """Also where it is turned, and does not lie in memory as its shape says."""
+    conv = Conv3d(*filters, kernel, stride, padding=kernel // 2).to(dtype)
+    plain = torch.nn.Conv3d(*filters, kernel, stride, padding=kernel // 2).to(dtype)
+    plain.load_state_dict(conv.state_dict())
+    image = torch.randn(1, filters[0], 6, 12, 10, dtype=dtype)
+    for x in (image, image.transpose(2, 4), image[:, :, ::2], image.flip(3)):
+        with torch.inference_mode():
+            ours = conv(x)
+        with torch.no_grad():
+            torch.testing.assert_close(ours, plain(x), rtol=1e-5, atol=1e-5)
+        assert ours.dtype == dtype
+
+
+def test_a_single_patch_in_bfloat16():
+    conv = Conv3d(4, 6, 3, padding=1)
+    x = torch.randn(1, 4, 6, 8, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            ours = conv(x)
+        with torch.no_grad():
+            assert ours.dtype == torch.bfloat16 and torch.equal(ours, torch.nn.Conv3d.forward(conv, x))

@@ -30,6 +30,30 @@ class Conv2d(nn.Conv2d):
         return _Stored.apply(super().forward(x), torch.contiguous_format, torch.channels_last)
 
 
+class Conv3d(nn.Conv3d):
+    """A convolution that trains with the channels last where that is faster on the CPU, as `Conv2d` does.
+
+    In torch's inference mode a single patch is computed by oneDNN there: of a small network torch would choose a method
+    that is three to seven times as slow. (torch's counter of FLOPs does not see it; without that mode it sees all.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or len(x) == 1 and not self._takes_one(x):
+            return super().forward(x)
+        if len(x) == 1:
+            how = self.padding, self.stride, self.dilation, self.groups
+            return torch.ops.aten.mkldnn_convolution(x, self.weight, self.bias, *how)
+        if not torch.is_grad_enabled() or min(self.in_channels, self.out_channels) > FEW:
+            return super().forward(x)
+        x = _Stored.apply(x, torch.channels_last_3d, torch.contiguous_format)
+        return _Stored.apply(super().forward(x), torch.contiguous_format, torch.channels_last_3d)
+
+    def _takes_one(self, x: Tensor) -> bool:
+        """Whether this single patch is for oneDNN."""
+        plain = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and torch.is_inference_mode_enabled() and torch.backends.mkldnn.is_available()
+
+
 class _Stored(torch.autograd.Function):
     """The same tensor in another memory format, and its gradient in a format of its own."""
 
@@ -51,7 +75,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_filters: int, out_filters: int, kernel: tuple[int, ...], stride: int | tuple[int, ...] = 1):
         super().__init__()
-        conv = Conv2d if len(kernel) == 2 else nn.Conv3d
+        conv = Conv2d if len(kernel) == 2 else Conv3d
         self.seq = nn.Sequential(
             conv(in_filters, out_filters, kernel, stride, padding=tuple(k // 2 for k in kernel)),
             InstanceNorm(),
