@@ -58,3 +58,10 @@ def test_a_single_patch_in_bfloat16():
             ours = conv(x)
         with torch.no_grad():
             assert ours.dtype == torch.bfloat16 and torch.equal(ours, torch.nn.Conv3d.forward(conv, x))
+
+
+def test_a_single_patch_of_a_compiled_network():
+    conv, x = Conv3d(4, 6, 3, padding=1), torch.randn(1, 4, 6, 8, 10)
+    compiled = torch.compile(conv, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), conv(x), rtol=1e-5, atol=1e-5)

@@ -49,9 +49,11 @@ class Conv3d(nn.Conv3d):
         return _Stored.apply(super().forward(x), torch.contiguous_format, torch.channels_last_3d)
 
     def _takes_one(self, x: Tensor) -> bool:
-        """Whether this single patch is for oneDNN."""
+        """Whether this single patch is for oneDNN, which torch's compiler cannot be told."""
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return False
         plain = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return plain and torch.is_inference_mode_enabled() and torch.backends.mkldnn.is_available()
+        return plain and torch.backends.mkldnn.is_available()
 
 
 class _Stored(torch.autograd.Function):
