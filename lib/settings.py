@@ -251,8 +251,8 @@ class Settings(Options):
     optim: str = setting("training", "optimizer", **one_of(["adam", "sgd"]))
     lr: float = setting(
         "training",
-        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9, and once more after the pruning "
-        "to a budget",
+        "learning rate of the first epoch; it falls to 0 as lr * (1 - e / epochs)^0.9, and once more after a budget is "
+        "met",
         type=number(float, 0, 10, open_low=True),
     )
     wd: float = setting("training", "weight decay", type=fraction)
