@@ -227,6 +227,25 @@ def test_the_model_that_comes_with_the_program_segments_phantoms(tmp_path):
         assert 2 * (ours & true).sum() / (ours.sum() + true.sum()) > 0.9
 
 
+HIPPOCAMPUS = ROOT.parent / "shared" / "Task04_Hippocampus"
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampi (../shared/Task04_Hippocampus) are not here")
+def test_the_model_that_comes_with_the_program_segments_hippocampi(tmp_path):
+    """Of two cases of its validation set."""
+    file = read_onnx_file(ROOT / "lib" / "pretrained" / "hippocampus.onnx")
+    said = file.metadata
+    assert len(file.data) <= 5e6 and said["flops"]["after"] <= 0.2 * said["flops"]["before"]
+    assert said["data"] == {"name": "Task04_Hippocampus", "licence": "CC-BY-SA 4.0"}
+    predictor = Predictor(file.path)
+    for case in ("hippocampus_023", "hippocampus_038"):
+        labels = predictor.file(HIPPOCAMPUS / "imagesTr" / f"{case}.nii.gz").labels
+        truth = np.asarray(nib.load(HIPPOCAMPUS / "labelsTr" / f"{case}.nii.gz").dataobj)
+        for k in (1, 2):
+            ours, true = labels == k, truth == k
+            assert 2 * (ours & true).sum() / (ours.sum() + true.sum()) > 0.8
+
+
 BLOCKED = """
 import sys
 for name in ("torch", "torchio", "scipy", "filelock", "PIL", "onnx", "onnxruntime", "medpy", "matplotlib"):
