@@ -33,9 +33,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--input",
         type=Path,
-        help="an image, a folder of images, or one laid out as the data set or one of its subjects, to predict all of "
-        "it instead of a partition; images of own data are named CASE_0000, CASE_0001, ... by channel; --original and "
-        "--partition then have no meaning (default: none)",
+        help="an image, a folder of images or of DICOM series, or one laid out as the data set or one of its subjects, "
+        "to predict all of it instead of a partition; images of own data are named CASE_0000, CASE_0001, ... by "
+        "channel; --original and --partition then have no meaning (default: none; an exported model needs it)",
     )
     add("--partition", **one_of(("train", "validation", "test")), default="test", help="which subjects (default: test)")
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
@@ -48,7 +48,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     runtime_help = "what computes an exported model, OUT.onnx (default: auto, the fastest that is installed)"
     add("--runtime", **one_of(("auto", *RUNTIMES)), default="auto", help=runtime_help)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
+    device_help = "auto, cpu, cuda, cuda:N or mps; of exported models auto, cpu or cuda (default: auto, the fastest)"
+    add("--device", default="auto", help=device_help)
     batch_help = "patches computed at once (default: 8 in 2D, 2 on the CPU; 2 in 3D)"
     add("--batch_size", type=number(int, 1, 10**6), help=batch_help)
     amp_help = "compute in bfloat16 where that is safe and, on the CPU, faster (default: float32 throughout)"

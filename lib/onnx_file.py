@@ -411,10 +411,6 @@ def _is_line(value: object, longest: int = 1000) -> bool:
     return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-
-
 def _is_real(value: object, high: float) -> bool:
     """Whether this is None or a number from 0 to `high`."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high)
@@ -496,8 +492,8 @@ METADATA = {  # what each field may be
     "patch_size": VALID["patch_size"],
     "divisor": _are(_is_count, 2, 3),
     "axes": _is_line,
-    "mirroring": _is_object({"axes": lambda value: value in ([], [2, 3], [2, 3, 4])}),
-    "step_size": _is_share,
+    "mirroring": _is_object({"axes": lambda value: value in ([2, 3], [2, 3, 4])}),  # all are averaged over
+    "step_size": lambda value: value == 0.5,
     "postprocessing": _or_null(_is_object({"steps": _are_steps, "reasons": _are(_is_object(_REASON), 0, 1000)})),
     "filters": _is_object({"in": _is_table(_is_count), "out": _is_table(_is_count)}),
     "parameters": _is_object(_CHANGE),
@@ -551,7 +547,7 @@ def _check_fit(metadata: dict, graph: Graph) -> None:
         "dim": (metadata["dim"], f"{n_axes}D"),
         "divisor": (tuple(metadata["divisor"]), graph.divisor),
         "patch_size": (len(patch_size), n_axes),
-        "mirroring": (metadata["mirroring"]["axes"], [*range(2, 2 + n_axes)] if metadata["mirroring"]["axes"] else []),
+        "mirroring": (metadata["mirroring"]["axes"], [*range(2, 2 + n_axes)]),
     }
     for name, (said, found) in pairs.items():
         check(said == found, f"its {name} say {said}, but the network {found}")
@@ -605,15 +601,6 @@ class OnnxFile:
     @property
     def patch_size(self) -> tuple[int, ...]:
         return tuple(self.metadata["patch_size"])
-
-    @property
-    def mirror(self) -> bool:
-        """Whether to average over mirrorings."""
-        return bool(self.metadata["mirroring"]["axes"])
-
-    @property
-    def step_size(self) -> float:
-        return self.metadata["step_size"]
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -55,7 +55,7 @@ def test_what_is_written_is_read(tmp_path, dim):
     assert (file.path, file.data) == (path, path.read_bytes())
     assert (file.modalities, file.n_classes, file.dim) == (model.modalities, model.n_classes, dim)
     assert file.divisor == model.divisor == {"2D": (4, 4), "3D": (2, 8, 4)}[dim]
-    assert file.patch_size == patch_size and file.mirror is True and file.step_size == 0.5
+    assert file.patch_size == patch_size
     assert file.steps == ("foreground", 1)
     assert file.metadata == exported.metadata_of(model, patch_size)
     filters = count_filters(model)
@@ -74,11 +74,9 @@ def test_what_is_written_is_read(tmp_path, dim):
 
 def test_values_that_are_the_classes_numbers_need_not_be_named(tmp_path):
     labels = [{"name": name, "value": i} for i, name in enumerate("abcd")]
-    exported.write_exported(
-        tmp_path / "a.onnx", labels=labels, mirroring={"axes": []}, postprocessing=None, validation=None
-    )
+    exported.write_exported(tmp_path / "a.onnx", labels=labels, postprocessing=None, validation=None)
     file = read_onnx_file(tmp_path / "a.onnx")
-    assert file.dataset.values == () and file.mirror is False and file.steps == ()
+    assert file.dataset.values == () and file.steps == ()
 
 
 def test_it_agrees_with_onnx(tmp_path, dim):
@@ -344,7 +342,7 @@ DAMAGE = {
     "patch_size": [[], [16], [16, 24, 8], [16.0, 24], [-16, 24], [15, 24], [2**14 * 2, 24], [10**9, 4]],
     "divisor": [[2, 2], [4], [4, 4, 4], "44", [0, 4]],
     "axes": [None, "", "x" * 2000],
-    "mirroring": [True, {}, {"axes": [2]}, {"axes": [2, 3, 4]}, {"axes": [0, 1]}, {"axes": "23"}],
+    "mirroring": [True, {}, {"axes": []}, {"axes": [2]}, {"axes": [2, 3, 4]}, {"axes": [0, 1]}, {"axes": "23"}],
     "step_size": [0, 1.5, -1, "0.5", True, None],
     "postprocessing": [[], {"steps": [9], "reasons": []}, {"steps": ["all"], "reasons": []}, {"steps": [1, 1]}],
     "filters": [None, {}, {"in": {}, "out": {}}, {"in": {"a": 1}, "out": {"a": 1}}],
