@@ -24,6 +24,7 @@ def _in_folder(folder: Path) -> list[SubjectFiles]:
 
 ACDCDataset = BaseDataset(
     name="acdc",
+    licence="CC BY-NC-SA 4.0",
     aliases=("acdc17",),
     class_names=("background", "RV cavity", "myocardium", "LV cavity"),
     find=find_frames,

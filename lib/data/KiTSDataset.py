@@ -32,6 +32,7 @@ def _in_folder(folder: Path) -> list[SubjectFiles]:
 # KiTS21) counts as kidney. Cases that KiTS23 adds (from 300 on) belong to no partition.
 KiTSDataset = BaseDataset(
     name="kits",
+    licence="CC BY-NC-SA 4.0",
     aliases=("kits19",),
     class_names=("background", "kidney", "tumor"),
     find=find_cases,
