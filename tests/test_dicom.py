@@ -1,9 +1,11 @@
 """DICOM series, which these tests write themselves: where their voxels are, and what makes them no volume."""
 
+import locale
 import os
 import random
 import shutil
 import struct
+from contextlib import contextmanager
 
 import nibabel as nib
 import numpy as np
@@ -29,6 +31,16 @@ DIRECTIONS = {
 
 def voxels(seed=0, low=-900):
     return np.random.default_rng(seed).integers(low, 1500, SHAPE).astype(np.int16)
+
+
+@contextmanager
+def kept_locale():
+    """GDCM, where it writes, leaves another locale behind, in which Python reads text of its children as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def write_series(folder, array=None, directions="axial", uid="1.2.3.4", number="3", description="T1 axial", **how):
@@ -66,7 +78,8 @@ def write_series(folder, array=None, directions="axial", uid="1.2.3.4", number="
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{name}.dcm"))
-        writer.Execute(image)
+        with kept_locale():
+            writer.Execute(image)
         files.append(folder / f"{name}.dcm")
     return files
 
@@ -283,10 +296,12 @@ def test_what_is_no_grey_slice_is_refused(tmp_path):
     refused(tmp_path / "one", "a single slice")
     colours = sitk.Image([6, 7, 1], sitk.sitkVectorUInt8, 3)
     (tmp_path / "rgb").mkdir()
-    sitk.WriteImage(colours, str(tmp_path / "rgb" / "a.dcm"))
+    with kept_locale():
+        sitk.WriteImage(colours, str(tmp_path / "rgb" / "a.dcm"))
     refused(tmp_path / "rgb", "a.dcm: is a colour image")
     (tmp_path / "frames").mkdir()
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6, 7), np.uint8)), str(tmp_path / "frames" / "a.dcm"))
+    with kept_locale():
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6, 7), np.uint8)), str(tmp_path / "frames" / "a.dcm"))
     refused(tmp_path / "frames", "a.dcm: is DICOM of 5 frames in one file")
 
 
@@ -298,6 +313,14 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, capfd):
     with pytest.raises(InputError, match=f"{files[2].name}: its voxels cannot be read") as caught:
         images.read_image(slices)
     assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+def test_reading_leaves_the_locale_as_it_is(tmp_path):
+    write_series(tmp_path)
+    before = locale.setlocale(locale.LC_ALL)
+    (slices,) = series_in(tmp_path)[0].values()
+    images.read_image(slices)
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_a_series_is_preprocessed_as_the_same_volume_in_nifti(tmp_path):
