@@ -305,6 +305,25 @@ def test_what_is_no_grey_slice_is_refused(tmp_path):
     refused(tmp_path / "frames", "a.dcm: is DICOM of 5 frames in one file")
 
 
+def test_a_negative_is_refused(tmp_path):
+    write_series(tmp_path)
+    path = add(tmp_path)
+    data = path.read_bytes()
+    assert b"MONOCHROME2" in data
+    path.write_bytes(data.replace(b"MONOCHROME2", b"MONOCHROME1"))
+    refused(tmp_path, "added.dcm", "MONOCHROME1")
+
+
+def test_a_file_with_too_few_voxels_is_named(tmp_path):
+    """Its header is whole, and says so few."""
+    array = np.random.default_rng(0).integers(0, 900, (40, 50, 5)).astype(np.int16)
+    files = write_series(tmp_path, array)
+    data = files[2].read_bytes()
+    pixels = data.index(b"\xe0\x7f\x10\x00")
+    files[2].write_bytes(data[:pixels] + b"\xe0\x7f\x10\x00" + struct.pack("<I", 2) + b"ab")
+    refused(tmp_path, f"{files[2].name}: is cut off")
+
+
 def test_a_file_that_is_cut_off_is_named(tmp_path, capfd):
     files = write_series(tmp_path)
     (slices,) = series_in(tmp_path)[0].values()

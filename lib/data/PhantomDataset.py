@@ -11,6 +11,7 @@ from lib.data.phantom import write_phantom, write_phantom3d
 PhantomDataset = replace(
     ACDCDataset,
     name="phantom",
+    licence="",
     aliases=(),
     write=write_phantom,
     preprocessing=Preprocessing(spacing_mm=(2.5, 2.5, None), orientation="RAS"),  # as it is written
@@ -36,6 +37,7 @@ PhantomDataset = replace(
 Phantom3DDataset = replace(
     KiTSDataset,
     name="phantom3d",
+    licence="",
     aliases=(),
     write=write_phantom3d,
     preprocessing=replace(KiTSDataset.preprocessing, spacing_mm=(5.2, 6.6, 6.6), min_size=(16, 32, 32)),

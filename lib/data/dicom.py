@@ -25,7 +25,8 @@ UNEVEN = 0.01  # share of the distance of two slices, or mm if that is more, by 
 SAME_DIRECTION = 1e-4  # by which directions may differ, which are rounded in headers
 SERIES_UID, SERIES_NUMBER, DESCRIPTION, INSTANCE = "0020|000e", "0020|0011", "0008|103e", "0020|0013"
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-FRAMES, SAMPLES = "0028|0008", "0028|0002"
+FRAMES, PHOTOMETRIC, BITS = "0028|0008", "0028|0004", "0028|0100"
+COMPRESSED = re.compile(rb"1\.2\.840\.10008\.1\.2\.(4\.|5|1\.99)")  # transfer syntaxes
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ def _read_header(path: Path) -> Slice:
         raise InputError(f"{path}: is DICOM of {said(FRAMES)} frames in one file; convert it to NIfTI first")
     if reader.GetNumberOfComponents() != 1:
         raise InputError(f"{path}: is a colour image; give a series of grey ones")
+    _check_whole(path, math.prod(reader.GetSize()[:2]) * int(said(BITS) or 8) // 8)
+    if said(PHOTOMETRIC) == "MONOCHROME1":  # ITK turns it around, other programs do not
+        raise InputError(f"{path}: is stored as a negative (MONOCHROME1); convert the series to NIfTI first")
     numbers = {tag: _numbers(said(tag), n) for tag, n in ((POSITION, 3), (ORIENTATION, 6), (PIXEL_SPACING, 2))}
     axes = numbers[ORIENTATION]
     spacing = numbers[PIXEL_SPACING]  # of the rows, of the columns
@@ -172,6 +176,14 @@ def _read_header(path: Path) -> Slice:
         numbers[POSITION],
         None if axes is None else np.column_stack([axes[:3], axes[3:], np.cross(axes[:3], axes[3:])]),
     )
+
+
+def _check_whole(path: Path, n_bytes: int) -> None:
+    """Raise InputError if a file is too small for the voxels of its slice, which GDCM does not always see."""
+    with open(path, "rb") as file:
+        compressed = COMPRESSED.search(file.read(4096))
+    if not compressed and path.stat().st_size < n_bytes:
+        raise InputError(f"{path}: is cut off; restore this file, or export the series again")
 
 
 def _numbers(text: str, n: int) -> np.ndarray | None:
