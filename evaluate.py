@@ -4,26 +4,26 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from lib.data import DATASETS
-from lib.data.BaseDataset import BaseDataset
 from lib.data.nifti import scale_note
 from lib.evaluation import (
     Rules,
     empty_truths,
     evaluate,
+    find_dataset,
     find_own_pairs,
     find_pairs,
     format_table,
     nnunet_summary,
     read_model_summary,
+    write_results,
 )
 from lib.metric import TOLERANCE_MM
 from lib.record import foreign_files, mixed_jobs
-from lib.system.cli import Parser, nearest, number, run_script
+from lib.system.cli import Parser, number, run_script
 from lib.system.error import InputError
 from lib.system.files import check_writable, write_json, write_text
 
@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         if mixed := mixed_jobs(args.pred, names):
             raise InputError(f"--pred {args.pred}: {mixed}; finish with predict.py --skip_existing, or --overwrite all")
         results = evaluate(found.pairs, rules, args.num_workers)
-        write("--output", args.output, partial(write_json, content=results, replace=args.overwrite))
+        write_results("--output", args.output, partial(write_json, content=results, replace=args.overwrite))
         if args.summary:
             text = json.dumps(nnunet_summary(results, found.pairs, dataset.values), indent=4, sort_keys=True)
-            write("--summary", args.summary, partial(write_text, text=text, replace=args.overwrite))
+            write_results("--summary", args.summary, partial(write_text, text=text, replace=args.overwrite))
         print(format_table(results, dataset.class_names, summary))
         for line in empty_truths(results, found.pairs, dataset.class_names):
             print(line)
@@ -85,41 +85,6 @@ def main(argv: list[str] | None = None) -> int:
             print(line)
 
     return run_script(run)
-
-
-def find_dataset(data: str) -> tuple[BaseDataset, Path | None]:
-    """The data set that --data names, and the folder of own data, if it is known: a built-in data set by its name, a
-    folder in nnU-Net's raw format, or a run folder, whose data set it is.
-
-    Raises InputError.
-    """
-    known = {name.lower(): dataset for name, dataset in DATASETS.items()}
-    folder = Path(data)
-    if data.lower() in known:
-        return known[data.lower()], None
-    if (folder / "config.json").is_file():
-        from lib.settings import Settings
-
-        settings = Settings.read(folder)[0]
-        is_own = settings.dataset not in DATASETS.values()
-        return settings.dataset, Path(settings.data_path) if is_own and settings.data_path else None
-    if (folder / "dataset.json").is_file():
-        from lib.data import raw
-
-        return raw.read_dataset(folder), folder
-    raise InputError(
-        f"--data {data}: is no data set{nearest(data, known)} (known: {', '.join(sorted(DATASETS))}), no folder with "
-        "dataset.json, and no run folder"
-    )
-
-
-def write(flag: str, path: Path, to: Callable[[Path], None]) -> None:
-    """Write a file of results, and the folders that it is in. Raises InputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to(path)
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import postprocessing
+from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset, SubjectFiles
 from lib.data.geometry import aligned, is_flat
 from lib.data.images import NIFTI, PROBABILITIES, TRUTH, only, read_geometry, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
 from lib.postprocessing import Step
+from lib.system.cli import nearest
 from lib.system.error import InputError
 from lib.system.files import file_digest, read_text
 from lib.system.process import check_stopped, worker_pool
@@ -32,6 +34,41 @@ TRUTHS = ("labelsTr", "labelsTs", ".")  # where a folder in nnU-Net's raw format
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 Result = TypeVar("Result")
 SIZES = {"parameters": "parameters", "flops": "FLOPs", "filters": "filters"}  # in model.json, and on the screen
+
+
+def find_dataset(data: str) -> tuple[BaseDataset, Path | None]:
+    """The data set that --data names, and the folder of own data, if it is known: a built-in data set by its name, a
+    folder in nnU-Net's raw format, or a run folder, whose data set it is.
+
+    Raises InputError.
+    """
+    known = {name.lower(): dataset for name, dataset in DATASETS.items()}
+    folder = Path(data)
+    if data.lower() in known:
+        return known[data.lower()], None
+    if (folder / "config.json").is_file():
+        from lib.settings import Settings
+
+        settings = Settings.read(folder)[0]
+        is_own = settings.dataset not in DATASETS.values()
+        return settings.dataset, Path(settings.data_path) if is_own and settings.data_path else None
+    if (folder / "dataset.json").is_file():
+        from lib.data import raw
+
+        return raw.read_dataset(folder), folder
+    raise InputError(
+        f"--data {data}: is no data set{nearest(data, known)} (known: {', '.join(sorted(DATASETS))}), no folder with "
+        "dataset.json, and no run folder"
+    )
+
+
+def write_results(flag: str, path: Path, to: Callable[[Path], None]) -> None:
+    """Write a file of results, and the folders that it is in. Raises InputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to(path)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def open_models(paths: Sequence[Path], device: str, runtime: str) -> dict[str, A
         "models": tuple(open_network(file, runtime, device=device) for file in files),
         "patch_size": files[0].patch_size,
         "preprocessing": files[0].dataset.preprocessing,
-        "postprocess": partial(postprocessing.apply, steps=steps) if steps else None,
+        "postprocess": postprocessing.applying(steps),
     }
 
 

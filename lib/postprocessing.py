@@ -6,7 +6,8 @@ decided for one model: {"model", "sha256", "steps", "reasons"}.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ def apply(labels: np.ndarray, steps: Iterable[Step]) -> np.ndarray:
     for step in steps:
         labels = keep_largest(labels, step)
     return labels
+
+
+def applying(steps: Sequence[Step]) -> Callable[[np.ndarray], np.ndarray] | None:
+    """`apply` with these steps, as a function of the label map; None where there are none."""
+    return partial(apply, steps=steps) if steps else None
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def predict(args: argparse.Namespace) -> None:
         args.batch_size,
         preprocessing=dataset.preprocessing,
         step_size=args.step_size,
-        postprocess=partial(postprocessing.apply, steps=models.steps) if models.steps else None,
+        postprocess=postprocessing.applying(models.steps),
     )
     job = describe_job(models.source, dataset, predictor, precision, models.steps)
     outputs = {

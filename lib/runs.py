@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def open_models(paths: Sequence[Path], device: str, runtime: str) -> dict[str, A
         "models": tuple(TorchNetwork(load_model(path, find_device(device))) for path in paths),
         "patch_size": first.patch_size,
         "preprocessing": first.dataset.preprocessing,
-        "postprocess": partial(postprocessing.apply, steps=steps) if steps else None,
+        "postprocess": postprocessing.applying(steps),
     }
 
 
