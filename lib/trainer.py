@@ -85,7 +85,7 @@ def train_epoch(
     ranks, weighted by the parts, are those of the whole batch, and so are the gradients.
     """
     state.model.train()
-    network = distributed.parallel(state.model)
+    step = Step(distributed.parallel(state.model), criterion, amp)
     with distributed.agreed():
         n_batches = data.n_train_batches()
     total = 0.0
@@ -97,15 +97,10 @@ def train_epoch(
             share = len(images) / len(batch["id"])
             if not share:  # the last batch had less patches than there are ranks: one that does not count
                 images, labels = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (images, labels))
-            loss, measured = compute_loss(network, criterion, images, labels, prune and i == n_batches - 1, amp)
-            value = distributed.total(torch.tensor(loss.item() * share, dtype=torch.float64)).item()
-            if not math.isfinite(value):
-                subjects = ", ".join(sorted(set(batch["id"])))
-                _stop(state, f"the loss is {value} in epoch {epoch}, on images of {subjects}")
-            state.optimizer.zero_grad(set_to_none=True)
-            (loss * (share * distributed.world_size())).backward()  # the mean over the ranks follows
+            is_last = i == n_batches - 1
+            loss, measured = step(images, labels, share * distributed.world_size(), prune and is_last, is_last)
+            total += _finite(state, epoch, loss, share, batch["id"])
             state.optimizer.step()
-            total += value
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
             bar.update()
             with distributed.agreed():
@@ -115,6 +110,14 @@ def train_epoch(
     distributed.check_same("the reference maps", [r for _, r in measured.delta_prune.values()])
     state.delta_prune = {name: (distributed.total(d * share), r) for name, (d, r) in measured.delta_prune.items()}
     return total / n_batches
+
+
+def _finite(state: TrainingState, epoch: int, loss: Tensor, share: float, ids: Sequence[str]) -> float:
+    """The loss of a batch, of which this rank had a share. Raises InputError where it is not finite."""
+    value = distributed.total(torch.tensor(loss.item() * share, dtype=torch.float64)).item()
+    if not math.isfinite(value):
+        _stop(state, f"the loss is {value} in epoch {epoch}, on images of {', '.join(sorted(set(ids)))}")
+    return value
 
 
 def _stop(state: TrainingState, what: str) -> NoReturn:
@@ -150,6 +153,57 @@ def compute_loss(
     outputs = [output.float() for output in measured.outputs] if amp else measured.outputs
     distances = [measured.delta_opt] if criterion.uses_distances else []
     return criterion(outputs, labels, *distances), measured
+
+
+class Step:
+    """Loss and gradients of one batch after another, of a network whose filters stay the same.
+
+    On a GPU all that a step computes is recorded once, as a CUDA graph, and replayed for every further batch: Python
+    takes several times as long to start the kernels of a small network as they take to run. Gradients then stay where
+    they were recorded. What the graph was not recorded for is computed as on any other device, and ends it.
+    """
+
+    def __init__(self, network: nn.Module, criterion: nn.Module, amp: bool):
+        self.network, self.criterion, self.amp = network, criterion, amp
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, weight: float = 1.0, delta_prune: bool = False, plain: bool = False
+    ) -> tuple[Tensor, Measured]:
+        """The loss, and what the model measured (delta_prune where asked for). The gradients are those of
+        `weight` times the loss. plain: not from a graph."""
+        if plain or delta_prune or images.device.type != "cuda" or distributed.world_size() > 1:
+            self.graph = None
+            self.network.zero_grad(set_to_none=True)
+            loss, measured = compute_loss(self.network, self.criterion, images, labels, delta_prune, self.amp)
+            (loss * weight).backward()  # the mean over the ranks follows
+            return loss.detach(), measured
+        if self.graph is None:
+            self._record(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.loss.clone(), Measured([], {}, {})
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        """Three steps that warm up, as torch asks for, and one that is recorded."""
+        self.images, self.labels = images.clone(), labels.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        self.network.zero_grad(set_to_none=True)  # so that the graph writes new ones, and does not add to these
+        with torch.cuda.graph(self.graph):
+            self.loss = self._step()
+
+    def _step(self) -> Tensor:
+        self.network.zero_grad(set_to_none=True)
+        loss, _ = compute_loss(self.network, self.criterion, self.images, self.labels, amp=self.amp)
+        loss.backward()
+        return loss.detach()
 
 
 def trial_step(

@@ -18,7 +18,7 @@ from lib.system.device import faster_precision, find_device, seconds_of
 from lib.system.error import InputError
 from lib.system.process import Stopped
 from lib.torch_network import TorchNetwork
-from lib.trainer import compute_loss, trial_step
+from lib.trainer import Step, compute_loss, trial_step
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU (CUDA) is here")
 SMALL = ["--fms_init", "4", "--levels", "3", "--patch_size", "32", "32", "--num_workers", "0", "--device", "cpu"]
@@ -253,3 +253,25 @@ def test_a_training_on_a_gpu_prunes_goes_on_and_leaves_a_model_for_the_cpu(phant
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             on[name] = model(image.to(name))[0].cpu()
     torch.testing.assert_close(on["cuda"], on["cpu"], rtol=0, atol=1e-4)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("dim", ["2D", "3D"])
+def test_a_step_from_a_graph_is_one_that_is_computed(dim, amp):
+    """Loss and gradients, of several batches one after another, and after a step that was computed without it."""
+    patch = (32, 48, 16)[: int(dim[0])]
+    network = Sauron(1, 4, 8, 3, dim=dim)
+    network.initialize("cuda")
+    steps = [Step(network, DS_CrossEntropyDiceLoss_Distance(), amp) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for i in range(6):
+        images = torch.randn(3, 1, *patch, generator=generator).cuda()
+        labels = torch.randint(4, (3, *patch), generator=generator).cuda()
+        found = []
+        for step, plain in zip(steps, (True, i == 3), strict=True):
+            loss, _ = step(images, labels, plain=plain)
+            found.append(torch.cat([loss.flatten(), *(p.grad.flatten() for p in network.parameters())]).clone())
+        assert (steps[1].graph is None) == (i == 3)
+        assert (found[0] - found[1]).norm() <= (0.05 if amp else 0.01) * found[0].norm()
+        assert found[0].norm() > 0
