@@ -98,7 +98,7 @@ def train_epoch(
             if not share:  # the last batch had less patches than there are ranks: one that does not count
                 images, labels = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (images, labels))
             is_last = i == n_batches - 1
-            loss, measured = step(images, labels, share * distributed.world_size(), prune and is_last, is_last)
+            loss, delta_prune = step(images, labels, share * distributed.world_size(), prune and is_last, is_last)
             total += _finite(state, epoch, loss, share, batch["id"])
             state.optimizer.step()
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)
@@ -107,8 +107,8 @@ def train_epoch(
                 check_stopped()
     if not all(torch.isfinite(parameter).all() for parameter in state.model.parameters()):
         _stop(state, f"the last step of epoch {epoch} left weights that are not finite")
-    distributed.check_same("the reference maps", [r for _, r in measured.delta_prune.values()])
-    state.delta_prune = {name: (distributed.total(d * share), r) for name, (d, r) in measured.delta_prune.items()}
+    distributed.check_same("the reference maps", [r for _, r in delta_prune.values()])
+    state.delta_prune = {name: (distributed.total(d * share), r) for name, (d, r) in delta_prune.items()}
     return total / n_batches
 
 
@@ -169,21 +169,21 @@ class Step:
 
     def __call__(
         self, images: Tensor, labels: Tensor, weight: float = 1.0, delta_prune: bool = False, plain: bool = False
-    ) -> tuple[Tensor, Measured]:
-        """The loss, and what the model measured (delta_prune where asked for). The gradients are those of
-        `weight` times the loss. plain: not from a graph."""
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, int]]]:
+        """The loss, and the model's delta_prune where asked for; the gradients are those of `weight` times the loss.
+        plain: not from a graph."""
         if plain or delta_prune or images.device.type != "cuda" or distributed.world_size() > 1:
             self.graph = None
             self.network.zero_grad(set_to_none=True)
             loss, measured = compute_loss(self.network, self.criterion, images, labels, delta_prune, self.amp)
             (loss * weight).backward()  # the mean over the ranks follows
-            return loss.detach(), measured
+            return loss.detach(), measured.delta_prune  # nothing that keeps this step's autograd graph alive
         if self.graph is None:
             self._record(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
-        return self.loss.clone(), Measured([], {}, {})
+        return self.loss.clone(), {}
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
         """Three steps that warm up, as torch asks for, and one that is recorded."""
