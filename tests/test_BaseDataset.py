@@ -57,6 +57,16 @@ def test_the_registry_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
+def test_what_was_written_before_the_padding_ceased_to_count_is_read_so():
+    small = Preprocessing((1.0, 1.0, None), min_size=(4, 5, 6))
+    assert small.as_dict()["padding_counts"] is False and Preprocessing.of_dict(small.as_dict()) == small
+    before = {key: value for key, value in small.as_dict().items() if key != "padding_counts"}
+    assert Preprocessing.of_dict(before) == replace(small, padding_counts=True)
+    never_padded = Preprocessing((1.0, 1.0, None))
+    assert "padding_counts" not in never_padded.as_dict()
+    assert Preprocessing.of_dict(never_padded.as_dict()) == never_padded
+
+
 # ---- the split
 
 

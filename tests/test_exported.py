@@ -18,6 +18,7 @@ from test_dicom import write_series
 
 import predict
 from lib.data import DATASETS
+from lib.data.BaseDataset import Preprocessing
 from lib.inference import Predictor
 from lib.onnx_file import read_onnx_file
 from lib.runtimes import RUNTIMES
@@ -53,6 +54,27 @@ def toy(tmp_path):
     for i in (1, 2):
         write_image(Toy.images / f"case {i}.nii.gz", i)
     return Toy()
+
+
+def test_a_file_of_before_gets_the_labels_it_was_made_with(tmp_path):
+    """Zeros that were padded counted in its z-score; a file of now says that they do not."""
+    image, before = write_image(tmp_path / "a.nii.gz"), LPS | {"min_size": [40, 48, 8]}
+    found = {}
+    for name, preprocessing in (("before", before), ("now", before | {"padding_counts": False})):
+        path = tmp_path / f"{name}.onnx"
+        model = exported.write_exported(path, "2D", preprocessing=preprocessing, postprocessing=None)
+        recipe = Preprocessing.of_dict(before | {"padding_counts": name == "before"})
+        expected = Predictor(TorchNetwork(model), exported.PATCHES["2D"], preprocessing=recipe).file(image, True)
+        found[name] = Predictor(path).file(image, True)
+        np.testing.assert_allclose(found[name].probabilities, expected.probabilities, atol=1e-4)
+    assert not np.allclose(found["before"].probabilities, found["now"].probabilities, atol=1e-3)
+
+
+def test_the_networks_that_ship_pad_nothing_before_a_zscore():
+    """So what they were trained on is what they see."""
+    for path in sorted((ROOT / "lib" / "pretrained").glob("*.onnx")):
+        preprocessing = read_onnx_file(path).dataset.preprocessing
+        assert preprocessing.min_size is None and not preprocessing.padding_counts
 
 
 def refused(capsys, code, *words):
@@ -252,6 +274,7 @@ for name in ("torch", "torchio", "scipy", "filelock", "PIL", "onnx", "onnxruntim
     sys.modules[name] = None
 import predict
 from lib.data import DATASETS
+from lib.data.BaseDataset import Preprocessing
 sys.exit(predict.main(sys.argv[1:]))
 """
 

@@ -9,8 +9,10 @@ import torch
 import torchio as tio
 from tiny import Tiny2D, Tiny3D, write_case, write_cases
 
-from lib.data import loading, patches, volumes
+from lib.data import cache, loading, patches, volumes
+from lib.data.augmentation import augmentation
 from lib.data.loading import Loader
+from lib.data.preprocessing import preprocess, read_channels, unpadded
 from lib.system.error import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement")
@@ -51,14 +53,55 @@ def test_only_test_cases_on_disk(tmp_path):
 
 
 def test_whole_volumes_come_preprocessed_and_zscored(folder, cache_path):
-    for dataset in (Loader(Tiny3D, folder, cache_path), Loader(Tiny2D, folder, cache_path)):
-        volumes = dataset.get("validation")
-        assert [subject["id"] for subject in volumes] == dataset.ids["validation"] and len(volumes) == 1
+    for data in (Loader(Tiny3D, folder, cache_path), Loader(Tiny2D, folder, cache_path)):
+        volumes = data.get("validation")
+        assert [subject["id"] for subject in volumes] == data.ids["validation"] and len(volumes) == 1
         for subject in volumes:
             image, label = subject.image.data, subject.label.data
             assert image.dtype == torch.float32 and label.dtype == torch.uint8 and image.shape == label.shape
-            assert abs(float(image.mean())) < 1e-6 and float(image.std(correction=0)) == pytest.approx(1, abs=1e-5)
+            own = unpadded(image, cache.padding(data.entry(subject["id"])))
+            assert abs(float(own.mean())) < 1e-6 and float(own.std(correction=0)) == pytest.approx(1, abs=1e-5)
+            assert image.count_nonzero() == own.count_nonzero() == own.numel()  # what is padded is the mean
             assert np.array_equal(subject.image.affine, subject.label.affine)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_training_validation_and_prediction_see_the_same_padded_volume(folder, tmp_path, monkeypatch, early):
+    """A patch as large as the padded volume, which only the z-score at the end of the augmentation changes."""
+    whole = (12, 16, 18)
+    preprocessing = replace(Tiny3D.preprocessing, min_size=whole, zscore=early)
+    dataset = replace(Tiny3D, preprocessing=preprocessing, patch_size=whole)
+    monkeypatch.setattr(volumes, "augmentation", lambda dim: tio.Compose([augmentation(dim).transforms[-1]]))
+    data = Loader(dataset, folder, tmp_path)
+    seen = {subject["id"]: subject for subject in data.get("train")}
+    n_seen = 0
+    for batch in data.train_batches(0):
+        for id_, image, label in zip(batch["id"], batch["image"], batch["label"], strict=True):
+            np.testing.assert_allclose(image, seen[id_].image.data, atol=1e-6)
+            np.testing.assert_array_equal(label, seen[id_].label.data[0])
+            n_seen += 1
+    assert n_seen == 2 * len(seen) > 0
+    for file in data.files("train"):
+        there = preprocess(read_channels(file.images, preprocessing)[0], preprocessing)
+        own = unpadded(there.array, there.padding)
+        assert there.array.shape == (1, *whole) and own.shape[2] == 14 and own.size < there.array.size
+        assert abs(own.mean()) < 1e-6 and own.std() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(there.array, seen[file.id].image.data, atol=1e-6)
+
+
+def test_no_augmentation_lets_the_padding_count(folder, tmp_path):
+    """Whatever was drawn, the image's own voxels end with mean 0, and what was padded with 0."""
+    whole = (12, 20, 18)
+    preprocessing = replace(Tiny3D.preprocessing, min_size=whole)
+    data = Loader(replace(Tiny3D, preprocessing=preprocessing, patch_size=whole), folder, tmp_path)
+    for epoch in range(3):
+        for batch in data.train_batches(epoch):
+            for id_, image, label in zip(batch["id"], batch["image"], batch["label"], strict=True):
+                padding = cache.padding(data.entry(id_))
+                own = unpadded(image, padding)
+                assert abs(float(own.mean())) < 1e-5 and float(own.std(correction=0)) == pytest.approx(1, abs=1e-4)
+                assert image.count_nonzero() == own.count_nonzero()
+                assert label.count_nonzero() == unpadded(label, padding).count_nonzero()
 
 
 # ---- batches

@@ -144,7 +144,34 @@ def test_clip_shift_scale_and_padding_by_hand():
     assert np.allclose(result.array[0, :, 0], [[0, 0, 0, 0], [0, -180 / 77, 0, 1]])
     assert np.allclose(result.affine[:3, 3], [-1, 0, -1])
     network_input = preprocess(image, fixed)
-    assert np.allclose(network_input.array, zscore(result.array)) and network_input.padding == result.padding
+    own = np.array([-180 / 77, 0, 1])  # the voxels that the image has; what is padded is their mean
+    assert np.allclose(network_input.array[0, 1, 0, 1:], (own - own.mean()) / own.std(), atol=1e-6)
+    assert not network_input.array[0, 0].any() and network_input.array[0, 1, 0, 0] == 0
+    assert network_input.padding == result.padding
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_padded_does_not_count_in_the_zscore_by_hand(early):
+    """Each channel for itself: 2, 4, 4, 4, 5, 5, 7, 9 have the mean 5 and the deviation 2."""
+    one = np.array([2, 4, 4, 4, 5, 5, 7, 9], np.float32).reshape(1, 2, 2, 2)
+    image = Image(np.concatenate([one, 7 - 3 * one]), np.eye(4))
+    recipe = Preprocessing((None,) * 3, min_size=(4, 2, 5), zscore=early)
+    there = preprocess(image, recipe)
+    assert there.padding == (1, 1, 0, 0, 2, 1) and there.array.shape == (2, 4, 2, 5)
+    expected = np.array([-1.5, -0.5, -0.5, -0.5, 0, 0, 1, 2])
+    inner = there.array[:, 1:3, :, 2:4]
+    assert np.allclose(inner.reshape(2, 8), [expected, -expected], atol=1e-6)
+    inner[...] = 0
+    assert not there.array.any()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_models_of_before_count_what_is_padded(early):
+    image = Image(np.array([2, 4, 6], np.float32).reshape(1, 1, 1, 3), np.eye(4))
+    recipe = Preprocessing((None,) * 3, min_size=(1, 1, 4), zscore=early, padding_counts=True)
+    there = preprocess(image, recipe)
+    assert np.allclose(there.array.ravel(), np.array([-3, -1, 1, 3]) / np.sqrt(5), atol=1e-6)
+    assert np.isclose(there.array.mean(), 0, atol=1e-6) and there.padding == (0, 0, 0, 0, 1, 0)
 
 
 def test_labels_share_the_grid_of_their_image_and_stay_labels():

@@ -49,7 +49,7 @@ PUBLISHED = {  # settings of a training, as they were published (for ACDC)
     "foreground": 0.0,
 }
 
-NEWER = ("normalizations", "crop", "by_index")  # fields of a preprocessing
+NEWER = ("normalizations", "crop", "by_index", "padding_counts")  # fields of a preprocessing
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class Preprocessing:
 
     spacing_mm: the voxel size to resample to, None for an axis that stays as it is.
     clip: lowest and highest intensity, or None. shift, scale: intensities become (x - shift) / scale; None: they stay.
-    min_size: voxels per axis to which smaller volumes are padded centrally with zeros, or None.
+    min_size: voxels per axis to which smaller volumes are padded centrally, or None. No z-score is over what is padded,
+    which is 0, the mean, in the end.
     zscore: whether the z-score is taken here, before the augmentation (which always ends with one).
+    padding_counts: whether every z-score is over the padding, too, as in models that were exported when it still was.
     orientation: where the axes that all this speaks of lead to: "RAS" is right, anterior, superior. The axes of a file
     are permuted and flipped to come nearest to it; what is predicted goes back onto the file's own grid.
 
@@ -78,15 +80,19 @@ class Preprocessing:
     normalizations: tuple[Normalization, ...] = ()
     crop: bool = False
     by_index: bool = False
+    padding_counts: bool = False
 
     def as_dict(self) -> dict:
         """As JSON has it; fields that are newer than the first caches only where they say something."""
         fields = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in fields.items() if value or key not in NEWER}
+        says = {"padding_counts": self.min_size is not None}
+        return {key: value for key, value in fields.items() if value or key not in NEWER or says.get(key)}
 
     @classmethod
     def of_dict(cls, fields: dict) -> Self:
-        """What `as_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        """What `as_dict` gave, here or before there was `padding_counts`. Raises KeyError, TypeError or ValueError for
+        anything else."""
+        fields = {"padding_counts": fields.get("min_size") is not None} | fields
         normalizations = tuple(Normalization(**one) for one in fields.get("normalizations", ()))
         tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return cls(**tuples | {"normalizations": normalizations})

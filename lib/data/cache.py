@@ -132,6 +132,16 @@ def load(folder: Path, affine: str = "affine") -> tio.Subject:
     return subject
 
 
+def padding(folder: Path) -> tuple[int, ...]:
+    """How many voxels of the volume were added before and after each axis (x0, x1, y0, y1, z0, z1). Raises InputError
+    if the file was damaged."""
+    try:
+        x0, x1, y0, y1, z0, z1 = map(int, json.loads((folder / "meta.json").read_text())["padding"])
+        return x0, x1, y0, y1, z0, z1
+    except Exception as error:  # as in `load`
+        raise _damaged(folder, error) from error
+
+
 def _damaged(folder: Path, error: Exception) -> InputError:
     return InputError(f"{folder}: is damaged ({type(error).__name__}); delete this folder, it is made anew")
 

@@ -147,6 +147,7 @@ def _is_preprocessing(value: object) -> bool:
         "normalizations": _list_of(_is_normalization, 0, 1000),
         "crop": _is_bool,
         "by_index": _is_bool,
+        "padding_counts": _is_bool,
     }
     return isinstance(value, dict) and set(value) <= set(valid) and all(valid[name](value[name]) for name in value)
 

@@ -34,8 +34,13 @@ def padded(volume: Tensor, patch_size: tuple[int, ...]) -> Tensor:
 
 def _to_size(volume: Tensor, shape: tuple[int | None, ...], crop: bool = True) -> Tensor:
     """`lib.data.preprocessing.crop_or_pad` for a tensor."""
-    around = margins(volume.shape[-3:], shape, crop)
-    return F.pad(volume, [n for both in reversed(around) for n in both])  # F.pad begins with the last axis
+    return repadded(volume, [n for both in margins(volume.shape[-3:], shape, crop) for n in both])
+
+
+def repadded(volume: Tensor, padding: Sequence[int]) -> Tensor:
+    """(..., X, Y, Z) with so many zeros before and after each axis (x0, x1, y0, y1, z0, z1); below 0 it is cropped."""
+    x0, x1, y0, y1, z0, z1 = padding
+    return F.pad(volume, (z0, z1, y0, y1, x0, x1))  # F.pad begins with the last axis
 
 
 def centred_or_random_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], n: int) -> list[Start]:

@@ -118,9 +118,19 @@ def in_own_frame(volume: Volume, orientation: str) -> Image:
     return Image(volume.array[None], np.diag([*volume.geometry.spacing_mm, 1.0]))
 
 
-def zscore(array: np.ndarray) -> np.ndarray:
+def unpadded(array, padding: Sequence[int]):
+    """The part of (..., X, Y, Z), an array or a tensor, that is not `padding` (x0, x1, y0, y1, z0, z1). A view."""
+    ends = zip(padding[::2], padding[1::2], array.shape[-3:], strict=True)
+    return array[(..., *(slice(before, size - after) for before, after, size in ends))]
+
+
+def zscore(array: np.ndarray, padding: Sequence[int] = (0,) * 6) -> np.ndarray:
     """(x - mean) / population standard deviation, of each channel of (C, ...) as a whole, as float32; zeros where it is
-    constant. The sums are taken in double precision."""
+    constant. The sums are taken in double precision. `padding` of (C, X, Y, Z) does not count and is 0, the mean."""
+    if any(padding):
+        whole = np.zeros(array.shape, np.float32)
+        unpadded(whole, padding)[...] = zscore(unpadded(array, padding))
+        return whole
     if len(array) > 1:
         return np.concatenate([zscore(channel[None]) for channel in array])
     mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
@@ -132,12 +142,17 @@ def zscore(array: np.ndarray) -> np.ndarray:
 def preprocess(image: Image, preprocessing: Preprocessing) -> Preprocessed:
     """The network's input: `standardize`, and the z-score whatever `preprocessing.zscore` says."""
     there = standardize(image, preprocessing)
-    return there if preprocessing.normalizations else there._replace(array=zscore(there.array))
+    return there if preprocessing.normalizations else _zscored(there, preprocessing)
+
+
+def _zscored(there: Preprocessed, preprocessing: Preprocessing) -> Preprocessed:
+    padding = (0,) * 6 if preprocessing.padding_counts else there.padding
+    return there._replace(array=zscore(there.array, padding))
 
 
 def standardize(image: Image, preprocessing: Preprocessing, label: Image | None = None) -> Preprocessed:
     """What is cached of an image in its own frame and, if it is given, its label: resampled (linearly), clipped,
-    shifted and scaled, padded, and z-scored if asked for; or, where there are `normalizations`, as `_as_in_nnunet`."""
+    shifted and scaled, z-scored if asked for, and padded; or, where there are `normalizations`, as `_as_in_nnunet`."""
     if preprocessing.normalizations:
         return _as_in_nnunet(image, preprocessing, label)
     grid = _grid(image, preprocessing.spacing_mm)
@@ -147,8 +162,9 @@ def standardize(image: Image, preprocessing: Preprocessing, label: Image | None 
     if preprocessing.scale is not None:
         array = (array - preprocessing.shift) / preprocessing.scale
     there = _pad(array, grid.affine, preprocessing.min_size)
-    array = zscore(there.array) if preprocessing.zscore else there.array.astype(np.float32, copy=False)
-    return there._replace(array=array, label=None if label is None else standardize_label(label, preprocessing))
+    there = there._replace(array=there.array.astype(np.float32, copy=False))
+    there = _zscored(there, preprocessing) if preprocessing.zscore else there
+    return there._replace(label=None if label is None else standardize_label(label, preprocessing))
 
 
 def standardize_label(label: Image, preprocessing: Preprocessing) -> np.ndarray:

@@ -11,13 +11,14 @@ import torchio as tio
 from torch.utils.data import Dataset
 
 from lib.data import cache, patches
-from lib.data.augmentation import augmentation, augmentation_of_plan, zscored
+from lib.data.augmentation import augmentation, augmentation_of_plan
 from lib.data.BaseDataset import BaseDataset
+from lib.data.preprocessing import unpadded, zscore
 
 
 class Volumes(Dataset):
     """A list of tio.Subject: "image" (C, X, Y, Z) float32, z-scored if `final_zscore`, "label" (1, X, Y, Z) if there is
-    one, and "id"."""
+    one, and "id". The padding of a volume is not z-scored: it is 0."""
 
     def __init__(self, folders: list[Path], final_zscore: bool = True):
         self.folders, self.final_zscore = folders, final_zscore
@@ -26,9 +27,10 @@ class Volumes(Dataset):
         return len(self.folders)
 
     def __getitem__(self, index: int) -> tio.Subject:
-        subject = cache.load(self.folders[index], "world")
+        folder = self.folders[index]
+        subject = cache.load(folder, "world")
         if self.final_zscore:
-            subject.image.set_data(zscored(subject.image.data))
+            subject.image.set_data(torch.from_numpy(zscore(subject.image.data.numpy(), cache.padding(folder))))
         return subject
 
 
@@ -37,7 +39,8 @@ class AugmentedPatches(Dataset):
 
     These are numpy arrays, which go from process to process through a pipe and need no shared memory. What is random
     at an index follows from its seed. `foreground` says of the patches of each volume which must show foreground, and
-    then they lie anywhere in it: see `patches.chosen_starts`. None: as published.
+    then they lie anywhere in it: see `patches.chosen_starts`. None: as published. A volume is augmented without its
+    padding, which would count in the z-score at the end; then it is padded again, with zeros.
     """
 
     def __init__(
@@ -62,14 +65,16 @@ class AugmentedPatches(Dataset):
         return len(self.folders)
 
     def __getitem__(self, index: int) -> dict:
-        subject = cache.load(self.folders[index])
+        subject, padding = cache.load(self.folders[index]), cache.padding(self.folders[index])
         label_type = subject.label.data.dtype
         for image in subject.get_images(intensity_only=False):
             image.affine = np.diag([*image.spacing, 1])  # torchio turns about world axes, we about the array's
+            image.set_data(unpadded(image.data, padding))
         with _seeded(self.seeds[index]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The maximum displacement is larger", RuntimeWarning)
             subject = self.augmentation(subject)
-            image, label = subject.image.data, subject.label.data[0].to(label_type)
+            image, label = (patches.repadded(one.data, padding) for one in (subject.image, subject.label))
+            label = label[0].to(label_type)
             if self.foreground is None:
                 image, label = (patches.field_of_view(one, self.field, self.patch_size) for one in (image, label))
                 draw = patches.centred_or_random_starts if len(self.patch_size) == 2 else patches.random_starts
