@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         folders = dataset.folders(args.gt or folder)
         truths = next(filter(Path.is_dir, folders), folders[0])
         if dataset in DATASETS.values():
-            found = find_pairs(args.pred, truths, dataset.find)
+            found = find_pairs(args.pred, truths, dataset.truths_in)
         else:
             found = find_own_pairs(args.pred, truths, dataset)
         rules = Rules.of(dataset, args.tolerance)

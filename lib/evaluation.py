@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lib import postprocessing
 from lib.data import DATASETS
-from lib.data.BaseDataset import BaseDataset, SubjectFiles
+from lib.data.BaseDataset import BaseDataset
 from lib.data.geometry import aligned, is_flat
 from lib.data.images import NIFTI, PROBABILITIES, TRUTH, only, read_geometry, read_label, stem
 from lib.metric import DISTANCES, TOLERANCE_MM, label_metrics, region_metrics
@@ -29,7 +29,6 @@ from lib.system.error import InputError
 from lib.system.files import file_digest, read_text
 from lib.system.process import check_stopped, worker_pool
 
-FOLDERS = (".", "training", "testing", "data", "dataset")  # where ACDC, KiTS19 and KiTS21, and KiTS23 keep subjects
 TRUTHS = ("labelsTr", "labelsTs", ".")  # where a folder in nnU-Net's raw format keeps them, or any folder
 RESERVED = ("average", "n")  # keys of the results that are no subjects
 Result = TypeVar("Result")
@@ -118,17 +117,20 @@ class Pairs(NamedTuple):
         return lines
 
 
+def truths_of_all(folder: Path) -> list[tuple[str, Path]]:
+    """As `BaseDataset.truths_in`, in the layouts of all built-in data sets."""
+    return [*dict.fromkeys(truth for dataset in DATASETS.values() for truth in dataset.truths_in(folder))]
+
+
 def find_pairs(
-    predictions: Path, truths: Path, find: Callable[[Path], list[SubjectFiles]] = lambda folder: []
+    predictions: Path, truths: Path, truths_in: Callable[[Path], list[tuple[str, Path]]] = truths_of_all
 ) -> Pairs:
     """The predictions `<subject>.nii.gz` (or .nii) in a folder, each with its ground truth.
 
     `<subject>_probabilities` is no prediction of labels and is passed over; so is `<subject>_gt`. The ground truth is
-    looked for in the folder `truths` itself, as `<subject>_gt` or `<subject>`, and, there or in one of FOLDERS, in the
-    data sets' layouts: `patientNNN/patientNNN_frameFF_gt`, `case_NNNNN/segmentation` and
-    `case_NNNNN/aggregated_MAJ_seg`. A prediction may also be called `prediction_NNNNN`, as the KiTS challenge wants it,
-    and is then looked for as `case_NNNNN`. A ground truth that is in none of these places may be where the data set's
-    `find` says.
+    looked for under the folder `truths` as the data set lays its truths out, see `BaseDataset.truths_in`, and in this
+    folder itself as `<subject>_gt`; where there is neither, it may be the file `<subject>` in this folder. A prediction
+    may also be called `prediction_NNNNN`, as the KiTS challenge wants it, and is then looked for as `case_NNNNN`.
 
     Raises InputError if there is no prediction, one has no ground truth, or two files claim to be the same thing.
     """
@@ -137,7 +139,9 @@ def find_pairs(
     left_out = [path for path, name in named.items() if name.lower().endswith(TRUTH)]
     files = {path: name for path, name in named.items() if path not in left_out and not name.endswith(PROBABILITIES)}
     _check_there(predictions, files, truths, "<subject>.nii.gz")
-    own: dict[str, Path] = {}  # what `find` has found
+    listed: dict[str, list[Path]] = {}
+    for id_, path in truths_in(truths):
+        listed.setdefault(id_, []).append(path)
     pairs: dict[str, tuple[Path, Path]] = {}
     cases: dict[str, Path] = {}
     flat = {name for path, name in _named(truths, NIFTI).items() if path not in files}
@@ -146,36 +150,43 @@ def find_pairs(
         case = _case(name)
         if cases.setdefault(case, path) != path:
             raise InputError(f"--pred: {case}: both {cases[case]} and {path} are there; take away the one not meant")
-        truth = _find_truth(path, case, truths, not marked)
+        places = [*listed.get(case, ()), *(truths / f"{case}{TRUTH}{suffix}" for suffix in NIFTI)]
+        beside = [truths / f"{case}{suffix}" for suffix in NIFTI if not marked]
+        truth = _only_truth(case, places, path) or _only_truth(case, beside, path)
         if truth is None:
-            own = own or {file.id: file.label for file in find(truths) if file.label}
-            truth = own.get(case)
-        if truth is None:
+            where = f", and for one of the {len(listed)} truths as the data set lays them out" if listed else ""
             raise InputError(
                 f"{path}: no ground truth of this name in {truths} (--gt); looked for {case}{TRUTH}.nii.gz, "
-                f"{case.split('_')[0]}/{case}{TRUTH}.nii.gz, ..."
+                f"{case}.nii.gz{where}"
             )
         pairs[name] = path, truth
-    flat_truths = {name[: -len(TRUTH)] for name in marked} or flat
-    alone = sorted((own.keys() or _all_truths(truths, flat_truths)) - cases.keys())
-    return Pairs(pairs, alone, left_out)
+    all_truths = ({name[: -len(TRUTH)] for name in marked} | listed.keys()) or flat
+    all_truths = {_case(name) for name in all_truths if not name.endswith(PROBABILITIES)}
+    return Pairs(pairs, sorted(all_truths - cases.keys()), left_out)
+
+
+def _only_truth(case: str, places: Iterable[Path], prediction: Path) -> Path | None:
+    """The one file of these that is there, and not the prediction itself. Raises InputError if there are two."""
+    return only(f"--gt: {case}", (one for one in places if prediction not in (one, one.resolve())))
 
 
 def find_own_pairs(predictions: Path, truths: Path, dataset: BaseDataset) -> Pairs:
     """As `find_pairs`, of a data set in nnU-Net's raw format: the predictions `<id><file_ending>`.
 
-    The ground truth of the same name is in `truths`/labelsTr, labelsTs or `truths` itself, or else where the data set's
-    `find` says.
+    The ground truth is where the data set's `find` says; unless that is another place, the file of the same name in
+    `truths`/labelsTr, labelsTs or `truths` itself.
     """
     predictions, truths = Path(predictions).resolve(), Path(truths).resolve()
     ending = dataset.file_ending
     files = {path: name for path, name in _named(predictions, [ending]).items() if not name.endswith(PROBABILITIES)}
     _check_there(predictions, files, truths, f"<id>{ending}")
-    listed = {file.id: file.label.resolve() for file in dataset.find(truths) if file.label}
+    listed = {id_: label.resolve() for id_, label in dataset.truths_in(truths)}
     pairs: dict[str, tuple[Path, Path]] = {}
     for path, name in files.items():
-        places = (truths / folder / f"{name}{ending}" for folder in TRUTHS)
-        truth = only(f"--gt: {name}", (place for place in places if place.resolve() != path)) or listed.get(name)
+        places = [truths / folder / f"{name}{ending}" for folder in TRUTHS]
+        if (label := listed.get(name)) and label not in [place.resolve() for place in places]:
+            places = [label]
+        truth = _only_truth(name, places, path)
         if truth is None:
             raise InputError(
                 f"{path}: no ground truth of this name in {truths} (--gt); looked for labelsTr/{name}{ending} and "
@@ -208,32 +219,6 @@ def _check_there(predictions: Path, files: dict[Path, str], truths: Path, patter
 
 def _case(subject: str) -> str:
     return re.sub(r"^prediction_(?=\d{5}$)", "case_", subject)
-
-
-def _find_truth(prediction: Path, case: str, truths: Path, unmarked: bool) -> Path | None:
-    """The file with the ground truth of one prediction; None if there is none. Raises InputError if there are two.
-    `unmarked`: whether it may be a file of the case's very name."""
-    nested = [f"{case.split('_')[0]}/{case}{TRUTH}", f"{case}/segmentation", f"{case}/aggregated_MAJ_seg"]
-    wanted = [f"{case}{TRUTH}", *(Path(folder, name) for folder in FOLDERS for name in nested)]
-    for names in (wanted, [case] * unmarked):
-        paths = [truths / f"{name}{suffix}" for name in names for suffix in NIFTI]
-        if found := only(f"--gt: {case}", (path for path in paths if path != prediction)):
-            return found
-    return None
-
-
-def _all_truths(truths: Path, flat: set[str]) -> set[str]:
-    """The subjects of all ground truths under `truths`, in the places where `_find_truth` looks; `flat` are those in
-    the folder itself."""
-    found = set(flat)
-    for folder in FOLDERS:
-        for path in (truths / folder).glob("*/*.nii*"):
-            name = stem(path, NIFTI) or ""
-            if name.endswith(TRUTH) and path.parent.name == name.split("_")[0]:
-                found.add(name.removesuffix(TRUTH))
-            elif name in ("segmentation", "aggregated_MAJ_seg"):
-                found.add(path.parent.name)
-    return {_case(name) for name in found if not name.endswith(PROBABILITIES)}
 
 
 def evaluate_pair(prediction: Path, truth: Path, rules: Rules, steps: tuple[Step, ...] = ()) -> dict[str, list]:

@@ -133,6 +133,73 @@ def test_truths_without_a_prediction_are_counted_and_named(tmp_path, truths):
     ]
 
 
+def keep_hearts(root):
+    """heart_N/mri and heart_N/expert: a layout of a user's own. Beside them lies what a program once drew."""
+    places = [place for place in sorted(root.glob("heart_*")) if (place / "mri.nii.gz").is_file()]
+    truths = {place: place / "expert.nii.gz" for place in places}
+    return [
+        SubjectFiles(place.name, (place / "mri.nii.gz",), truth if truth.is_file() else None)
+        for place, truth in truths.items()
+    ]
+
+
+HEARTS = BaseDataset(
+    name="hearts", class_names=NAMES, find=keep_hearts, preprocessing=Preprocessing((None, None, None))
+)
+
+
+def test_truths_of_a_users_data_set_are_found_its_own_way(tmp_path, monkeypatch, capsys):
+    """And not in the layout of another data set, nor where an image has the subject's name."""
+    monkeypatch.setitem(lib.data.DATASETS, "hearts", HEARTS)
+    for n in (1, 2, 3):
+        write(tmp_path / "gt" / f"heart_{n}" / "mri.nii.gz", heart())
+        write(tmp_path / "gt" / f"heart_{n}" / "segmentation.nii.gz", heart(moved=2))
+        write(tmp_path / "gt" / f"heart_{n}.nii.gz", heart(moved=3))
+    prediction = write(tmp_path / "pred" / "heart_1.nii.gz", heart())
+    truths = [write(tmp_path / "gt" / f"heart_{n}" / "expert.nii.gz", heart()) for n in (1, 2)]
+    found = find_pairs(tmp_path / "pred", tmp_path / "gt", HEARTS.truths_in)
+    assert found.pairs == {"heart_1": (prediction, truths[0])} and found.alone == ["heart_2"]
+    argv = ["--data", "hearts", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--output", tmp_path / "r.json"]
+    assert script.main([*map(str, argv), "--num_workers", "1"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["heart_1"]["dice"] == [1.0] * 4
+    assert "1 of 2 ground truths have no prediction and do not count: heart_2" in capsys.readouterr().out
+
+
+def test_another_data_sets_layout_is_none_of_a_users_data_set(tmp_path):
+    write(tmp_path / "pred" / "heart_1.nii.gz", heart())
+    write(tmp_path / "gt" / "heart_1" / "segmentation.nii.gz", heart())
+    with pytest.raises(InputError, match=r"heart_1\.nii\.gz: no ground truth .*looked for heart_1_gt\.nii\.gz"):
+        find_pairs(tmp_path / "pred", tmp_path / "gt", HEARTS.truths_in)
+    flat = write(tmp_path / "gt" / "heart_1.nii.gz", heart())  # a flat folder is everybody's
+    assert find_pairs(tmp_path / "pred", tmp_path / "gt", HEARTS.truths_in).pairs["heart_1"][1] == flat
+
+
+def test_a_built_in_data_set_looks_in_its_own_layout_alone(tmp_path):
+    write(tmp_path / "pred" / "case_00010.nii.gz", heart())
+    truth = write(tmp_path / "gt" / "data" / "case_00010" / "segmentation.nii.gz", heart())  # without its image
+    kits, acdc = (lib.data.DATASETS[name].truths_in for name in ("kits", "acdc"))
+    assert find_pairs(tmp_path / "pred", tmp_path / "gt", kits).pairs["case_00010"][1] == truth
+    with pytest.raises(InputError, match="no ground truth"):
+        find_pairs(tmp_path / "pred", tmp_path / "gt", acdc)
+
+
+def test_a_table_says_where_truths_of_own_data_are(tmp_path):
+    """Also where a file of the subject's name lies in a folder of labels, or beside them."""
+    folder = tmp_path / "gt"
+    entry = {"images": ["scans/a.nii.gz"], "label": "truths/a.nii.gz"}
+    told = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "RV": 1, "myocardium": 2, "LV": 3}}
+    told |= {"numTraining": 1, "file_ending": ".nii.gz", "dataset": {"a": entry}}
+    for name in ("scans/a.nii.gz", "labelsTr/a.nii.gz", "a.nii.gz"):
+        write(folder / name, heart(moved=2))
+    truth = write(folder / "truths" / "a.nii.gz", heart())
+    write(tmp_path / "pred" / "a.nii.gz", heart())
+    (folder / "dataset.json").write_text(json.dumps(told))
+    argv = ["--data", folder, "--pred", tmp_path / "pred", "--gt", folder, "--output", tmp_path / "r.json"]
+    assert script.main([*map(str, argv), "--num_workers", "1"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["a"]["dice"] == [1.0] * 4
+    assert find_own_pairs(tmp_path / "pred", folder, script.find_dataset(str(folder))[0]).pairs["a"][1] == truth
+
+
 def test_the_order_of_the_axes_does_not_matter(tmp_path):
     """A prediction that is turned, and a truth whose axes are permuted: the same numbers as of files in one order."""
     prediction, truth = write(tmp_path / "p.nii.gz", heart(moved=2)), write(tmp_path / "t.nii.gz", heart())

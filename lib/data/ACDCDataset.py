@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
-from lib.data.images import stem
+from lib.data.images import NIFTI, TRUTH, stem
 
 
 def find_frames(root: Path) -> list[SubjectFiles]:
@@ -22,12 +22,24 @@ def _in_folder(folder: Path) -> list[SubjectFiles]:
     return [subject_files(name, place, (name,), (f"{name}_gt",)) for name, place in subjects.items()]
 
 
+def find_truths(root: Path) -> list[tuple[str, Path]]:
+    """Every PATIENT/PATIENT_..._gt, also in training/ and testing/."""
+    paths = (path for folder in ("training", "testing", ".") for path in sorted((root / folder).glob("*/*.nii*")))
+    names = ((path, stem(path, NIFTI) or "") for path in paths)
+    return [
+        (name.removesuffix(TRUTH), path)
+        for path, name in names
+        if name.endswith(TRUTH) and path.parent.name == name.split("_")[0]
+    ]
+
+
 ACDCDataset = BaseDataset(
     name="acdc",
     licence="CC BY-NC-SA 4.0",
     aliases=("acdc17",),
     class_names=("background", "RV cavity", "myocardium", "LV cavity"),
     find=find_frames,
+    find_truths=find_truths,
     layout="[training/]patientNNN/patientNNN_frameFF.nii.gz (ground truth: patientNNN_frameFF_gt.nii.gz)",
     how_to_get="Register at https://www.creatis.insa-lyon.fr/Challenge/acdc/, download the training set and unpack it "
     "as FOLDER/training/patient001, FOLDER/training/patient002, ...",

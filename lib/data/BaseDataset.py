@@ -135,6 +135,9 @@ class BaseDataset:
     ignore: int | None = None  # the value of voxels in truths that do not count; in memory it is n_classes
     file_ending: str = ".nii.gz"  # of predictions
     find_test: Callable[[Path], list[SubjectFiles]] | None = None  # as `find`, for a test set that lies apart
+    find_truths: Callable[[Path], list[tuple[str, Path]]] | None = (
+        None  # see `truths_in`; None: those that `find` finds
+    )
     folds: tuple[dict[str, tuple[str, ...]], ...] = ()  # ids by "train" and "val"; none: --split divides the cases
     merged_labels: dict[int, int] = field(default_factory=dict)  # other values of truths, and the labels they count as
     licence: str = ""  # under which its images are given
@@ -224,6 +227,13 @@ class BaseDataset:
             f"Then give FOLDER with --data_path (predict.py: --original), or name it {self.folder or self.name} and "
             "set SAURON_DATA to the folder it is in"
         )
+
+    def truths_in(self, folder: Path) -> list[tuple[str, Path]]:
+        """The ids of the subjects under a folder that have a ground truth, and this; with `find_truths` also of those
+        whose images are not there. An id comes as often as files claim to be its truth."""
+        if self.find_truths:
+            return self.find_truths(folder)
+        return [(file.id, file.label) for file in self.find(folder) if file.label]
 
     def check_channels(self, subject: str, images: Sequence[Path]) -> None:
         """Raise InputError unless there is a file for each channel of a subject's image, or one that holds all."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles, all_found, subject_files
-from lib.data.images import stem
+from lib.data.images import NIFTI, stem
 
 LEFT_OUT = (15, 23, 37, 68, 125, 133)  # cases whose labels the paper did not train on
 LABELS = ("segmentation", "aggregated_MAJ_seg")  # the ground truth's name in KiTS19 and KiTS23, and in KiTS21
@@ -28,6 +28,12 @@ def _in_folder(folder: Path) -> list[SubjectFiles]:
     ]
 
 
+def find_truths(root: Path) -> list[tuple[str, Path]]:
+    """Every CASE/segmentation and CASE/aggregated_MAJ_seg, also in data/ and dataset/."""
+    paths = (path for folder in (".", "data", "dataset") for path in sorted((root / folder).glob("*/*.nii*")))
+    return [(path.parent.name, path) for path in paths if stem(path, NIFTI) in LABELS]
+
+
 # As in the paper: cases 0-209 without `LEFT_OUT` train and validate, 210-299 are the test set. A cyst (label 3 since
 # KiTS21) counts as kidney. Cases that KiTS23 adds (from 300 on) belong to no partition.
 KiTSDataset = BaseDataset(
@@ -36,6 +42,7 @@ KiTSDataset = BaseDataset(
     aliases=("kits19",),
     class_names=("background", "kidney", "tumor"),
     find=find_cases,
+    find_truths=find_truths,
     layout="[data/]case_NNNNN/imaging.nii.gz (ground truth: case_NNNNN/segmentation.nii.gz)",
     how_to_get="Clone https://github.com/neheller/kits19, run its starter_code/get_imaging.py, and lay the cases out "
     "as FOLDER/data/case_00000, FOLDER/data/case_00001, ...",
