@@ -11,8 +11,9 @@ from lib.data.loading import Loader
 from lib.loss import LOSSES
 from lib.models import MODELS, architecture, check_filters
 from lib.models.filters import read_filters
+from lib.models.flat import flops_of_width, of_width, widest
 from lib.models.nnUNet import nnUNet
-from lib.models.size import count_filters
+from lib.models.size import count_filters, summary
 from lib.pruning.rules import Bounds, BudgetRule, PaperRule, RandomRule, Rule
 from lib.settings import Settings
 from lib.system.cli import flops_of, share_of
@@ -27,14 +28,17 @@ def build_dataset(settings: Settings) -> Loader:
 
 
 def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, source: str | Path = "") -> nnUNet:
-    """The network of a run, with the widths of a saved model, or else of the filter files, where given.
+    """The network of a run, with the widths of a saved model, or else of the filter files, where given. A flat network
+    has the width of its settings, whatever is given.
 
     Raises InputError where they do not fit one another; `source` names the file of `weights`.
     """
     paths = {"in": settings.in_filters, "out": settings.out_filters}
     files = {key: read_filters(path) for key, path in paths.items() if path}
     filters = None
-    if weights is not None:
+    if settings.model == "flat":
+        filters = count_filters(_flat(settings))
+    elif weights is not None:
         filters = architecture(weights, source)["filters"]
     elif files:
         if "out" not in files:
@@ -42,19 +46,38 @@ def build_model(settings: Settings, weights: dict[str, Tensor] | None = None, so
         filters = {"out": files["out"]}
     imp_fun = "euc_rand" if settings.imp_fun == "random" else settings.imp_fun  # whose values the rule deals
     distances = {"dist_fun": settings.dist_fun, "imp_fun": imp_fun} if settings.model == "sauron" else {}
-    keys = ("modalities", "n_classes", "fms_init", "fms_max", "levels", "dim")
-    shape = {key: getattr(settings, key) for key in keys}
-    for key in ("strides", "kernels"):
-        shape[key] = [[*map(int, row)] for row in getattr(settings, key) or ()] or None
-    model = MODELS[settings.model](**shape, filters=filters, **distances)
+    model = MODELS[settings.model](**_shape(settings), filters=filters, **distances)
     for key, given in files.items():
         check_filters(given, count_filters(model)[key], paths[key], source or "the network")
     return model
 
 
-def build_unpruned(settings: Settings, weights: dict[str, Tensor] | None = None, source: str | Path = "") -> nnUNet:
-    """As `build_model`, whatever the filter files say."""
-    return build_model(replace(settings, in_filters=None, out_filters=None), weights, source)
+def build_unpruned(settings: Settings) -> nnUNet:
+    """nnUNet as its settings say, which sizes are compared with: no filter files, and no flat width."""
+    return nnUNet(**_shape(settings))
+
+
+def _shape(settings: Settings) -> dict:
+    """The arguments of nnUNet."""
+    keys = ("modalities", "n_classes", "fms_init", "fms_max", "levels", "dim")
+    shape = {key: getattr(settings, key) for key in keys}
+    for key in ("strides", "kernels"):
+        shape[key] = [[*map(int, row)] for row in getattr(settings, key) or ()] or None
+    return shape
+
+
+def _flat(settings: Settings) -> nnUNet:
+    """The widest flat network that --max_flops allows, without a budget that of --fms_init; it has no weights. Raises
+    InputError if none is small enough."""
+    with torch.device("meta"):
+        unpruned = build_unpruned(settings)
+    limit = flops_of(settings.max_flops, summary(unpruned, settings.patch_size)["flops"])
+    most = settings.fms_max if limit else min(settings.fms_init, settings.fms_max)
+    width = widest(unpruned, range(1, most + 1), limit or math.inf, settings.patch_size)
+    if width is None:
+        least = flops_of_width(unpruned, 1, settings.patch_size)
+        raise InputError(f"--max_flops {settings.max_flops}: a flat network has {least:,} FLOPs at least; give more")
+    return of_width(unpruned, width)
 
 
 def build_loss(settings: Settings) -> nn.Module:

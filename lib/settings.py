@@ -66,7 +66,7 @@ def _loss(values: dict) -> str:
 
 def _budget(values: dict) -> str:
     """What a data set chooses, unless something else is chosen that does not go with it."""
-    other = values["model"] == "nnunet" or values["no_prune"] or values["max_ms"] is not None
+    other = values["model"] != "sauron" or values["no_prune"] or values["max_ms"] is not None
     return "none" if other else _dataset_of(values).defaults["max_flops"]
 
 
@@ -199,7 +199,11 @@ class Settings(Options):
     )
 
     model: str = setting(
-        "network", "sauron or nnunet; nnunet measures no distances and is never pruned", "sauron", **one_of(MODELS)
+        "network",
+        "sauron, nnunet or flat; nnunet measures no distances and is never pruned; flat is an nnunet with one width in "
+        "every block, the largest that --max_flops allows, or else --fms_init",
+        "sauron",
+        **one_of(MODELS),
     )
     fms_init: int = setting("network", "filters of the first level; each level doubles them, up to 480", type=maps)
     fms_max: int = setting("network", "filters of a level at most", type=number(int, 1, 4096))
@@ -233,7 +237,7 @@ class Settings(Options):
         "training",
         "loss function",
         _loss,
-        shown="DS_CrossEntropyDiceLoss_Distance; for nnunet or --lambda 0 DS_CrossEntropyDiceLoss",
+        shown="DS_CrossEntropyDiceLoss_Distance; for nnunet, flat or --lambda 0 DS_CrossEntropyDiceLoss",
         **one_of(LOSSES),
     )
     epochs: int = setting("training", "number of epochs", resume="changes", type=positive)
@@ -278,7 +282,7 @@ class Settings(Options):
     max_flops: str = setting(
         "pruning",
         "budget: prune until this share of the unpruned network's FLOPs (20%), or this number (2G), is left; none: by "
-        "the paper's rule",
+        "the paper's rule; for a flat network: have so many from the start",
         _budget,
         shown="{chosen}",
         type=flops_limit,
@@ -431,7 +435,8 @@ class Settings(Options):
 
     @property
     def has_budget(self) -> bool:
-        return self.max_flops != "none" or self.max_ms is not None
+        """Whether it is pruned until it fits one; a flat network fits its own from the start."""
+        return self.prunes and (self.max_flops != "none" or self.max_ms is not None)
 
     @property
     def prunes(self) -> bool:
@@ -444,11 +449,14 @@ class Settings(Options):
         first, last = self.prune_between
         if share_of(first) >= share_of(last):
             raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
-        if self.has_budget and not self.prunes:
+        if not self.prunes and (self.max_ms or self.max_flops != "none" and self.model != "flat"):
             flag = "--max_ms" if self.max_ms else "--max_flops"
-            what = "--no_prune" if self.no_prune else "--model nnunet"
+            what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
-        if self.model == "nnunet" and self.loss == "DS_CrossEntropyDiceLoss_Distance":
+        if self.model == "flat" and (self.in_filters or self.out_filters):
+            flag = "--out_filters" if self.out_filters else "--in_filters"
+            raise InputError(f"{flag}: --model flat has one width in every block; leave one of them out")
+        if self.model != "sauron" and self.loss == "DS_CrossEntropyDiceLoss_Distance":
             raise InputError("--loss DS_CrossEntropyDiceLoss_Distance measures distances: it needs --model sauron")
         self._check_data()
         self._check_patch()

@@ -117,13 +117,15 @@ def show_plan(task: Task) -> None:
 
 
 def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) -> list[str]:
-    """Lines for the log about the time and the memory that so many epochs take here."""
+    """Lines for the log about the width of a flat network, and the time and memory that so many epochs take here."""
+    flat = settings.model == "flat"
+    width = [f"flat: {model.blocks()[0].out_filters} filters in every block but the heads"] if flat else []
     what = model, build_loss(settings), settings.batch_size, settings.patch_size, n_batches, epochs
 
     def smaller(fms_init: int) -> nnUNet:
         return build_unpruned(replace(settings, fms_init=fms_init))
 
-    return forecast(*what, smaller, settings.precision == "bfloat16")
+    return [*width, *forecast(*what, None if flat else smaller, settings.precision == "bfloat16")]
 
 
 def read_task(args: argparse.Namespace, held: ExitStack, own: dict | None = None) -> Task:
@@ -152,8 +154,9 @@ def load(task: Task) -> tuple[nnUNet, published.History | None, Loader]:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(settings.seed_train)
     weights = read_state(task.source) if task.source else None
-    build = build_model if task.progress is None else build_unpruned
-    model = build(settings, weights, task.source or "")
+    started = task.progress is not None  # and so has its widths from the weights, no more from files
+    own = replace(settings, in_filters=None, out_filters=None) if started else settings
+    model = build_model(own, weights, task.source or "")
     history = published.read_history(task.history, task.epoch, model) if task.history else None
     data = build_dataset(settings)
     if distributed.local_rank() == 0:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import nibabel as nib
@@ -206,6 +207,31 @@ def test_training_starts_from_pruned_weights_or_widths(phantom, pruned, tmp_path
     for run in ("1", "2"):
         folder = tmp_path / "unnamed" / "phantom" / run
         assert count_filters(load_model(folder / "models" / "model-1")) == widths
+
+
+def test_a_flat_network_is_trained_continued_reported_and_exported(phantom, pruned, tmp_path, capsys):
+    base = [*arguments(phantom, tmp_path), "--model", "flat", "--max_flops", "40%"]
+    assert train.main([*base, "--epochs", "1"]) == 0
+    run = tmp_path / "unnamed" / "phantom" / "1"
+    assert train.main(["--resume", str(run), "--epochs", "2", "--export"]) == 0
+    log, history = (run / "log.txt").read_text(), json.loads((run / "history.json").read_text())
+    model = load_model(run / "models" / "model-2")
+    (width,) = {block.out_filters for block in model.blocks() if not block.head}
+    assert f"flat: {width} filters in every block but the heads" in log
+    whole = summary(Sauron(1, 4, 4, 3), (32, 32))["flops"]  # as the flags say, and not flat
+    flops = summary(model, (32, 32))["flops"]
+    assert history["flops"] == [flops, flops] and flops <= 0.4 * whole
+    assert f"{whole:,} -> {flops:>15,} ({100 * flops / whole:.1f}%)" in log
+    assert f"{whole:,} → {flops:,}" in unescape((run / "report.html").read_text())
+    assert "openvino: labels equal in" in log or "onnxruntime: labels equal in" in log  # export
+    output, argv = tmp_path / "predictions", ["--data", "phantom", "--model_state", str(run / "models" / "model-2")]
+    assert predict.main([*argv, "--original", str(phantom), "--output", str(output), "--device", "cpu"]) == 0
+    assert len([*output.glob("*.nii.gz")]) == 12
+    capsys.readouterr()
+    other = ["--model_state", str(pruned / "models" / "model-4"), "--epochs", "1"]
+    assert train.main([*base, *other]) == 2
+    assert "the network needs" in capsys.readouterr().err
+    assert not (run.parent / "2").exists()
 
 
 def test_without_a_validation_set(phantom, tmp_path, monkeypatch):

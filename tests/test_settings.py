@@ -104,7 +104,7 @@ def test_epoch_1_without_a_model_is_a_fresh_start(tmp_path):
         parseArguments(["--data", "acdc", "--epoch_start", "1", "--history", "run"])
 
 
-@pytest.mark.parametrize("argv", [["--model", "nnunet"], ["--lambda", "0"]])
+@pytest.mark.parametrize("argv", [["--model", "nnunet"], ["--model", "flat"], ["--lambda", "0"]])
 def test_without_distances_the_loss_has_none(argv):
     assert config_of("phantom", *argv)["loss"] == "DS_CrossEntropyDiceLoss"
 
@@ -122,6 +122,11 @@ def test_without_distances_the_loss_has_none(argv):
         (["--no_prune", "--max_flops", "20%"], "--max_flops: nothing is pruned with --no_prune"),
         (["--model", "nnunet", "--max_flops", "2G"], "--max_flops: nothing is pruned with --model nnunet"),
         (["--model", "nnunet", "--max_ms", "2"], "--max_ms: nothing is pruned with --model nnunet"),
+        (["--model", "flat", "--max_ms", "2"], "--max_ms: nothing is pruned with --model flat"),
+        (["--model", "flat", "--max_ms", "2", "--max_flops", "20%"], "--max_ms: nothing is pruned with --model flat"),
+        (["--model", "flat", "--out_filters", "o"], "--out_filters: --model flat has one width"),
+        (["--model", "flat", "--in_filters", "i"], "--in_filters: --model flat has one width"),
+        (["--model", "flat", "--loss", "DS_CrossEntropyDiceLoss_Distance"], "needs --model sauron"),
     ],
 )
 def test_settings_that_do_not_fit_one_another(argv, message):
@@ -275,6 +280,7 @@ def test_who_has_a_budget():
         (["phantom", "--max_ms", "3"], "none", ["10%", "60%"]),
         (["phantom", "--no_prune"], "none", ["0%", "80%"]),
         (["phantom", "--model", "nnunet"], "none", ["0%", "80%"]),
+        (["phantom", "--model", "flat"], "none", ["0%", "80%"]),
         (["acdc"], "none", ["0%", "100%"]),
         (["kits", "--max_flops", "2G"], "2G", ["10%", "60%"]),
         (["kits", "--max_flops", "2G", "--prune_between", "5%", "30%"], "2G", ["5%", "30%"]),
@@ -302,6 +308,14 @@ def test_a_budget_survives_its_run_folder(tmp_path, argv):
     assert settings_of(args) == (tmp_path, settings, {})
     with pytest.raises(InputError, match="--max_flops 1%: the run"):
         settings_of(parseArguments(["--resume", str(tmp_path), "--max_flops", "1%"]))
+
+
+@pytest.mark.parametrize("argv", [["--model", "flat", "--max_flops", "20%"], ["--model", "flat"]])
+def test_a_flat_network_is_never_pruned(tmp_path, argv):
+    settings = settings_from("phantom", *argv)
+    assert not settings.prunes and not settings.has_budget  # which would be pruned to
+    (tmp_path / "config.json").write_text(json.dumps(settings.as_dict()))
+    assert Settings.read(tmp_path) == (settings, {})
 
 
 @pytest.mark.parametrize("flag", ["--tau_max", "--kappa", "--rho", "--mu"])

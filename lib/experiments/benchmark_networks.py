@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from lib.models.flat import flops_of_width, of_width
 from lib.models.nnUNet import nnUNet
 from lib.models.size import resized, summary
 
@@ -25,12 +26,7 @@ def nearest(sizes: range, flops_of: Callable[[int], int], flops: int) -> int:
 
 def flat(model: nnUNet, flops: int, patch_size: tuple[int, ...]) -> nnUNet:
     """A network as `model`, without weights, whose blocks but the heads have one width: that of the nearest FLOPs."""
-    names = [block.name for block in model.blocks() if not block.head]
-
-    def of_width(width: int) -> nnUNet:
-        return resized(model, dict.fromkeys(names, width))
-
-    return of_width(nearest(range(1, 481), lambda width: summary(of_width(width), patch_size)["flops"], flops))
+    return of_width(model, nearest(range(1, 481), lambda width: flops_of_width(model, width, patch_size), flops))
 
 
 def prune_by_magnitude(model: nnUNet, flops: int, patch_size: tuple[int, ...]) -> None:

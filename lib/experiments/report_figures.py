@@ -99,7 +99,8 @@ def draw_size(run: Run) -> Figure:
     """What is left; with a budget its limit, and the epoch in which it was met. Beside it milliseconds, if measured."""
     left = {key: [100 * value / before for value in run.history[key]] for key, before in run.unpruned.items()}
     curves = {f"{key.replace('flops', 'FLOPs')}: {values[-1]:.1f}%": values for key, values in left.items()}
-    figure = draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, 105)
+    top = max(105, *map(max, left.values()))  # a flat network may have more filters
+    figure = draw_curves(run, "Size of the network", "left of the unpruned network (%)", curves, top)
     axis, style = figure.axes[0], {"color": "#666666", "linewidth": 1}
     limit = flops_of(run.settings.max_flops, run.unpruned["flops"])
     if limit:
@@ -143,7 +144,7 @@ def draw_filters(run: Run) -> Figure:
     """Blocks x epochs: the filters that are left, and beside them the thresholds."""
     n, first, widths = len(run.widths), run.history["epoch"][0], list(run.widths.values())
     left = 100 * run.filters / np.array(widths)[:, None]
-    maps = [(left, "Filters left", "of the unpruned block (%)", "cividis", 100)]
+    maps = [(left, "Filters left", "of the unpruned block (%)", "cividis", max(100, left.max()))]
     if run.tau.size:
         largest = 1 if run.settings.has_budget else run.settings.tau_max
         maps.append((run.tau, "Thresholds", r"threshold $\tau$ of $\delta_{prune}$", "viridis", largest))

@@ -12,7 +12,7 @@ from lib.models.Sauron import Sauron
 from lib.models.size import count_filters
 from lib.system.error import InputError
 
-MODELS = {"sauron": Sauron, "nnunet": nnUNet}
+MODELS = {"sauron": Sauron, "nnunet": nnUNet, "flat": nnUNet}  # a flat one is an nnUNet of other widths
 
 
 def architecture(state: dict[str, torch.Tensor], source: str | Path) -> dict:
