@@ -67,16 +67,21 @@ def _shape(settings: Settings) -> dict:
 
 
 def _flat(settings: Settings) -> nnUNet:
-    """The widest flat network that --max_flops allows, without a budget that of --fms_init; it has no weights. Raises
-    InputError if none is small enough."""
+    """The widest flat network that --max_flops allows, or without it --fms_init, and --width_multiple divides; it has
+    no weights. Raises InputError if none is small enough."""
     with torch.device("meta"):
         unpruned = build_unpruned(settings)
     limit = flops_of(settings.max_flops, summary(unpruned, settings.patch_size)["flops"])
     most = settings.fms_max if limit else min(settings.fms_init, settings.fms_max)
-    width = widest(unpruned, range(1, most + 1), limit or math.inf, settings.patch_size)
+    multiple = settings.width_multiple
+    if multiple > most:
+        flag = "--fms_max" if limit or settings.fms_max < settings.fms_init else "--fms_init"
+        raise InputError(f"--width_multiple {multiple}: is more than {flag} {most}; give a smaller one")
+    width = widest(unpruned, range(multiple, most + 1, multiple), limit or math.inf, settings.patch_size)
     if width is None:
-        least = flops_of_width(unpruned, 1, settings.patch_size)
-        raise InputError(f"--max_flops {settings.max_flops}: a flat network has {least:,} FLOPs at least; give more")
+        least = f"{flops_of_width(unpruned, multiple, settings.patch_size):,} FLOPs at least"
+        least += f" with --width_multiple {multiple}" * (multiple > 1)
+        raise InputError(f"--max_flops {settings.max_flops}: a flat network has {least}; give more")
     return of_width(unpruned, width)
 
 
@@ -102,7 +107,7 @@ def build_rule(settings: Settings, unpruned_flops: int, validates: bool) -> Rule
     if not settings.prunes:
         return Rule()
     first, last = (share_of(moment) * settings.epochs for moment in settings.prune_between)
-    bounds = Bounds((first, last), settings.min_filters, settings.max_prune_fraction or 1.0)
+    bounds = Bounds((first, last), settings.min_filters, settings.max_prune_fraction or 1.0, settings.width_multiple)
     if settings.has_budget:
         whole = math.floor(round(first, 6)), math.ceil(round(last, 6))  # the last one is to see the largest threshold
         limits = flops_of(settings.max_flops, unpruned_flops), settings.max_ms

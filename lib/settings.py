@@ -308,6 +308,14 @@ class Settings(Options):
         type=number(float, 0, 1, open_low=True),
         metavar="SHARE",
     )
+    width_multiple: int = setting(
+        "pruning",
+        "prune so that each block keeps a multiple of so many filters, such as the 8 that a CPU computes at once: they "
+        "go in groups, of which one may always go (a block with fewer keeps all); a flat network has such a width",
+        1,
+        type=maps,
+        metavar="N",
+    )
     tau_max: float = setting("pruning", "largest threshold, without a budget", type=number(float, 0.001, 1))
     kappa: int = setting("pruning", "number of steps from 0.001 to tau_max", type=positive)
     rho: int = setting(

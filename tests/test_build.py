@@ -32,6 +32,9 @@ def test_a_budget():
     rule = rule_of("acdc", "--max_ms", "3", "--min_filters", "5", "--max_prune_fraction", "0.25")
     assert (rule.max_flops, rule.max_ms) == (None, 3)
     assert (rule.bounds.min_filters, rule.bounds.max_prune_fraction) == (5, 0.25)
+    for argv in (["phantom"], ["acdc"], ["acdc", "--imp_fun", "random"]):
+        rule = rule_of(*argv, "--width_multiple", "8")
+        assert getattr(rule, "rule", rule).bounds.multiple == 8
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,22 @@ def test_a_flat_network_is_the_widest_of_its_budget():
 def test_a_flat_network_without_a_budget():
     assert width_of(FLAT) == 8  # --fms_init, and not what the data set prunes to
     assert width_of(FLAT | {"fms_max": 5}) == 5
+
+
+def test_a_flat_network_of_a_width_that_is_a_multiple():
+    for limit in ("30%", "100%", "20M"):
+        width = width_of(FLAT | {"max_flops": limit})
+        assert width >= 4
+        assert width_of(FLAT | {"max_flops": limit, "width_multiple": 4}) == width // 4 * 4
+    assert width_of(FLAT | {"width_multiple": 5}) == 5  # of --fms_init 8
+    with pytest.raises(InputError, match="--width_multiple 9: is more than --fms_init 8"):
+        build_model(Settings.of(FLAT | {"width_multiple": 9}))
+    with pytest.raises(InputError, match="--width_multiple 9: is more than --fms_max 3"):
+        build_model(Settings.of(FLAT | {"width_multiple": 9, "fms_max": 3}))
+    with pytest.raises(
+        InputError, match="--max_flops 1%: a flat network has .* at least with --width_multiple 4; give"
+    ):
+        build_model(Settings.of(FLAT | {"max_flops": "1%", "width_multiple": 4}))
 
 
 def test_a_flat_network_follows_strides_and_kernels():

@@ -277,6 +277,50 @@ def test_a_budget_that_cannot_be_met_says_what_was_reached_and_why(start, settin
     assert line.startswith(f"budget not met: {reached}; {reason}")
 
 
+@pytest.mark.parametrize(("multiple", "share"), [(2, 0.4), (4, 0.7)])
+@pytest.mark.parametrize("at_random", [False, True])
+def test_on_the_way_to_a_budget_widths_stay_multiples(start, multiple, share, at_random):
+    flops = start.unpruned["flops"]
+    rule = BudgetRule(share * flops, None, Bounds((0, 10), 2, 0.3, multiple), (8, 8), flops)
+    start.rule = RandomRule(rule) if at_random else rule
+    torch.manual_seed(0)
+    while not start.rule.done:
+        start.epoch += 1
+        start.rows.append(row(1.0, 1.0) | {"epoch": start.epoch})
+        out = count_filters(start.model)["out"]
+        start.delta_prune = {
+            name: (torch.rand(out[name]).index_fill(0, torch.tensor(0), 0), 0) for name in start.delta_prune
+        }
+        _end_epoch_prune(start)
+        _end_epoch_measure(start, (8, 8))
+    before = start.unpruned["filters"]
+    for row_ in start.rows:
+        assert all(n % multiple == 0 for n in widths(row_).values())
+        before, lost = row_["filters"], before - row_["filters"]
+        assert lost % multiple == 0
+    assert start.rows[-1]["budget_met"] and start.rows[-1]["flops"] <= share * flops
+    assert start.rows[-2]["flops"] > share * flops
+
+
+def test_a_budget_that_groups_cannot_meet(start):
+    go_on(start, 12, max_flops=1.0, multiple=8)
+    assert {name: n for name, n in widths(start.rows[-1]).items() if n != 8} == {
+        name: 4 for name, n in widths(start.rows[0]).items() if n == 4
+    }  # narrower than a group: never pruned
+    reason = "every block has as few filters as --min_filters 1 allows with --width_multiple 8"
+    assert start.lines[0].endswith(f"the last that prunes; {reason}")
+
+
+def test_the_papers_rule_deletes_whole_groups(state):
+    state.delta_prune["enc_ConvBlock_2"] = (torch.tensor([0.0004, 0.0003, 0.0, 0.5]), 2)
+    state.delta_prune["enc_ConvBlock_4"] = (torch.tensor([0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0001]), 0)
+    state.delta_prune["enc_ConvBlock_3"] = (torch.tensor([0.0, 0.5, 0.5, 0.5, 0.5, 0.0002, 0.0003, 0.0001]), 0)
+    by_the_papers_rule(state, **RULE | {"multiple": 2})
+    out = count_filters(state.model)["out"]
+    assert [out[f"enc_ConvBlock_{i}"] for i in (2, 3, 4)] == [2, 6, 8]
+    assert (state.rule.thresholds["enc_ConvBlock_3"].lost, state.rule.thresholds["enc_ConvBlock_4"].lost) == (2, 0)
+
+
 def test_a_run_of_the_time_before_its_end_was_noted_ends_with_its_next_epoch(start):
     """It stopped after the last epoch that prunes, without its budget."""
     go_on(start, 10, max_flops=1.0)

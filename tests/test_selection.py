@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.models import Sauron
-from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept
+from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept, next_group, ranking
 
 
 @given(
@@ -100,3 +100,109 @@ def test_the_network_is_measured_a_few_times_only():
     gone = fewest_that_fit(ranked, {"a": 128}, lambda widths: measured.append(widths["a"]) or widths["a"] <= 67)
     assert gone == ranked[:61]
     assert len(measured) <= 7
+
+
+# In groups
+
+
+@pytest.mark.parametrize(
+    ("n", "below", "at_least", "fraction", "multiple", "gone"),
+    [
+        (16, 15, 1, 1.0, 8, 8),
+        (16, 8, 1, 1.0, 8, 8),
+        (16, 7, 1, 1.0, 8, 0),  # not a whole group lies below the threshold
+        (32, 23, 1, 1.0, 8, 16),
+        (32, 31, 9, 1.0, 8, 16),  # 9 must stay, so 16 do
+        (32, 31, 8, 1.0, 8, 24),
+        (32, 31, 1, 0.15, 8, 8),  # 4 might go; one group always may
+        (64, 63, 1, 0.3, 8, 16),  # of 19
+        (8, 7, 1, 1.0, 8, 0),  # the last group stays
+        (5, 4, 1, 1.0, 8, 0),  # narrower than a group
+        (13, 12, 1, 1.0, 8, 5),  # no multiple yet: the first group makes it one ...
+        (13, 4, 1, 1.0, 8, 0),  # ... or nothing does
+        (13, 12, 9, 1.0, 8, 0),  # ... or the floor is in the way
+        (21, 20, 1, 1.0, 8, 13),
+        (21, 12, 1, 1.0, 8, 5),
+        (21, 20, 1, 0.1, 8, 5),
+        (7, 6, 1, 1.0, 3, 4),
+        (9, 5, 2, 1.0, 1, 5),
+    ],
+)
+def test_filters_go_in_groups(n, below, at_least, fraction, multiple, gone):
+    delta = torch.linspace(1, 0, n)  # the last filter is the reference, and those before it are the nearest
+    threshold = float(delta[n - 1 - below]) + 1e-6
+    expected = list(range(n - 2, n - 2 - gone, -1))
+    assert deletable(delta, n - 1, threshold, at_least, fraction, multiple) == expected
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=40),
+    st.sampled_from([0.0, 0.3, 0.6, 1.1]),
+    st.integers(1, 14),
+    st.floats(0.01, 1),
+    st.integers(1, 9),
+    st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_groups_are_whole_and_one_at_a_time_is_as_it_was(delta, threshold, at_least, fraction, multiple, data):
+    n, r, values = len(delta), data.draw(st.integers(0, len(delta) - 1)), torch.tensor(delta)
+    single = deletable(values, r, threshold, at_least, fraction)
+    gone = deletable(values, r, threshold, at_least, fraction, multiple)
+    assert deletable(values, r, threshold, at_least, fraction, 1) == single
+    group = next_group(n, multiple)
+    assert gone == [] or (n - len(gone)) % multiple == 0
+    assert n - len(gone) >= min(n, at_least)
+    free = deletable(values, r, threshold, at_least)  # without a share
+    assert gone == free[: len(gone)] and len(gone) <= max(group, fraction * n + 1e-6)
+    assert len(gone) + next_group(n - len(gone), multiple) > len(single)  # another group could not have gone
+    assert gone or len(free) < group
+
+
+def test_groups_are_ranked_by_their_last_filter():
+    measured = {
+        "a": (torch.tensor([0.1, 0.6, 0.2, 0.3, 0.0, 0.9]), 4),
+        "b": (torch.tensor([0.4, 0.4, 0.5, 0.0, 0.4, 0.4, 0.7]), 3),
+    }
+    candidates = {"a": [0, 2, 3, 1], "b": [0, 1, 4, 5, 2]}
+    single = [("a", 0), ("a", 2), ("a", 3), ("b", 0), ("b", 1), ("b", 4), ("b", 5), ("b", 2), ("a", 1)]
+    assert ranking(candidates, measured) == single
+    # a goes two by two, at 0.2 and 0.6; b has seven: the first goes alone at 0.4, two more at 0.4, and two at 0.5
+    pairs = [("a", 0), ("a", 2), ("b", 0), ("b", 1), ("b", 4), ("b", 5), ("b", 2), ("a", 3), ("a", 1)]
+    assert ranking(candidates, measured, 2) == pairs
+
+
+def test_no_group_is_torn_by_equal_distances():
+    measured = {"a": (torch.tensor([0.2, 0.2, 0.2, 0.1, 0.0, 0.9]), 4), "b": (torch.tensor([0.2, 0.0, 0.2, 0.9]), 1)}
+    ranked = ranking({"a": [3, 0, 1, 2], "b": [0, 2]}, measured, 2)
+    assert ranked == [("a", 3), ("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 2)]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 80), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_shortest_beginning_of_whole_groups(sizes, multiple, limit, data):
+    widths = {f"block {i}": n for i, n in enumerate(sizes)}
+    level = st.sampled_from([0.0, 0.25, 0.5])
+    measured = {
+        name: (torch.tensor(data.draw(st.lists(level, min_size=n, max_size=n))), 0) for name, n in widths.items()
+    }
+    candidates = {name: deletable(*values, 1.0, 1, 1.0, multiple) for name, values in measured.items()}
+    ranked = ranking(candidates, measured, multiple)
+    assert sorted(ranked) == sorted((name, c) for name, gone in candidates.items() for c in gone)
+    for name, gone in candidates.items():
+        assert [c for other, c in ranked if other == name] == gone  # the smallest first
+
+    def without(gone):
+        return {name: n - sum(other == name for other, _ in gone) for name, n in widths.items()}
+
+    def is_whole(gone):
+        return all(n == widths[name] or n % multiple == 0 for name, n in without(gone).items())
+
+    def fits(widths):
+        return sum(widths.values()) <= limit
+
+    gone = fewest_that_fit(ranked, widths, fits, multiple)
+    assert gone == ranked[: len(gone)] and is_whole(gone)
+    assert fits(without(gone)) or gone == ranked
+    shorter = [n for n in range(len(gone)) if is_whole(ranked[:n])]
+    assert not any(fits(without(ranked[:n])) for n in shorter)
+    assert len(gone) - max(shorter, default=0) <= multiple  # the last group

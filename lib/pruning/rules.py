@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.models.nnUNet import nnUNet
 from lib.models.size import milliseconds, resized, summary
-from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept
+from lib.pruning.selection import deletable, fewest_filters, fewest_that_fit, kept, next_group, ranking
 from lib.system import distributed
 from lib.system.device import device_of
 
@@ -74,14 +74,19 @@ def budget_tau(epoch: int, between: tuple[float, float]) -> float:
 class Bounds:
     """What keeps a rule from deleting too much: nothing goes but after the epochs `between` (first excluded, last
     included), a block keeps `min_filters` (see `fewest_filters`) and loses at most `max_prune_fraction`, or else one
-    filter, in an epoch."""
+    filter, in an epoch. Filters go in groups that leave a block a multiple of `multiple`."""
 
     between: tuple[float, float]
     min_filters: int = 2
     max_prune_fraction: float = 1.0
+    multiple: int = 1
 
     def allow(self, epoch: int) -> bool:
         return self.between[0] < epoch <= self.between[1]
+
+    def deletable(self, measured: tuple[Tensor, int], threshold: float, least: int) -> list[int]:
+        """The filters of a block that may go at the end of an epoch, of which `least` must stay."""
+        return deletable(*measured, threshold, least, self.max_prune_fraction, self.multiple)
 
 
 class Rule:
@@ -138,11 +143,10 @@ class PaperRule(Rule):
             if not self.bounds.allow(epoch):
                 continue
             raise_threshold(threshold, settled, self.kappa, self.rho, self.mu)
-            delta, r = measured[name]
-            gone = deletable(delta, r, self._tau(name), least, self.bounds.max_prune_fraction)
-            threshold.lost, threshold.filters_before = len(gone), len(delta)
+            n, gone = len(measured[name][0]), self.bounds.deletable(measured[name], self._tau(name), least)
+            threshold.lost, threshold.filters_before = len(gone), n
             if gone:
-                stays[name] = kept(len(delta), gone)
+                stays[name] = kept(n, gone)
         return stays
 
     def _tau(self, name: str) -> float:
@@ -201,18 +205,14 @@ class BudgetRule(Rule):
             self._end(epoch)
             return {}
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
-        candidates = []
-        for name, least in fewest.items():
-            delta, r = measured[name]
-            gone = deletable(delta, r, threshold, least, self.bounds.max_prune_fraction)
-            candidates += [(delta[c].item(), name, c) for c in gone]
-        ranked = [(name, c) for _, name, c in sorted(candidates)]
-        size = self._measuring(model)
-        gone = fewest_that_fit(ranked, widths, lambda widths: self._fits(size(widths)))
+        candidates = {name: self.bounds.deletable(measured[name], threshold, least) for name, least in fewest.items()}
+        ranked, size = ranking(candidates, measured, self.bounds.multiple), self._measuring(model)
+        gone = fewest_that_fit(ranked, widths, lambda widths: self._fits(size(widths)), self.bounds.multiple)
         lost = {name: [c for other, c in gone if other == name] for name in {name for name, _ in gone}}
         stays = {name: kept(widths[name], filters) for name, filters in lost.items()}
         left = widths | {name: len(indices) for name, indices in stays.items()}
-        self._conclude(epoch, size(left), all(n <= fewest[name] for name, n in left.items()))
+        at_the_floor = all(n - next_group(n, self.bounds.multiple) < fewest[name] for name, n in left.items())
+        self._conclude(epoch, size(left), at_the_floor)
         self._end(epoch)
         return stays
 
@@ -253,9 +253,10 @@ class BudgetRule(Rule):
             self.met = True
             self.notes = (f"budget met after epoch {epoch}: {text}; nothing more is pruned",)
         elif self._is_late(epoch):
-            least = self.bounds.min_filters
+            least, multiple = self.bounds.min_filters, self.bounds.multiple
             reason = (
                 f"every block has as few filters as --min_filters {least} allows"
+                + f" with --width_multiple {multiple}" * (multiple > 1)
                 + " (those that feed a head: at least the number of classes)" * (least > 1)
                 if at_the_floor
                 else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"

@@ -23,27 +23,55 @@ def fewest_filters(model: nnUNet, min_filters: int) -> dict[str, int]:
     }
 
 
-def deletable(delta_prune: Tensor, r: int, threshold: float, at_least: int, fraction: float = 1.0) -> list[int]:
+def next_group(n_filters: int, multiple: int) -> int:
+    """How many filters of a block go at once, so that as many stay as are a multiple of `multiple`."""
+    return n_filters % multiple or multiple
+
+
+def deletable(
+    delta_prune: Tensor, r: int, threshold: float, at_least: int, fraction: float = 1.0, multiple: int = 1
+) -> list[int]:
     """The filters of a block that may go, the smallest delta_prune first: all below the threshold but r, as long as
-    `at_least` filters stay and no more than `fraction` of them go. One may always go: a small block would else keep
-    more than `at_least` for good."""
+    `at_least` filters stay and no more than `fraction` of them go, in groups of which each leaves a multiple of
+    `multiple` filters. One group may always go: a small block would else keep more than `at_least` for good."""
     n = len(delta_prune)
-    most = max(0, min(n - at_least, max(1, math.floor(fraction * n + 1e-9))))
+    most = max(0, min(n - at_least, max(next_group(n, multiple), math.floor(fraction * n + 1e-9))))
     values = delta_prune.tolist()
-    return [c for c in sorted(range(n), key=values.__getitem__) if c != r and values[c] < threshold][:most]
+    gone = [c for c in sorted(range(n), key=values.__getitem__) if c != r and values[c] < threshold][:most]
+    return gone[: max(0, len(gone) - (len(gone) - n) % multiple)]
+
+
+def ranking(candidates: dict[str, list[int]], measured: dict[str, tuple[Tensor, int]], multiple: int = 1) -> list:
+    """(block, filter) of all `candidates`, which `deletable` chose: group by group, in the order in which a rising
+    threshold would pass the last filter of each."""
+    keys = []
+    for name, gone in candidates.items():
+        delta, _ = measured[name]
+        for i, c in enumerate(gone):
+            last = gone[i + (len(delta) - 1 - i) % multiple]  # of its group
+            keys.append((delta[last].item(), name, i, c))
+    return [(name, c) for _, name, _, c in sorted(keys)]
 
 
 def fewest_that_fit(
-    ranked: list[tuple[str, int]], widths: dict[str, int], fits: Callable[[dict[str, int]], bool]
+    ranked: list[tuple[str, int]],
+    widths: dict[str, int],
+    fits: Callable[[dict[str, int]], bool],
+    multiple: int = 1,
 ) -> list[tuple[str, int]]:
     """The shortest beginning of `ranked`, (block, filter) each, without which a network of these widths `fits`; all of
-    it if it never does."""
+    it if it never does. With a `multiple` it ends where a group of `ranking` does."""
+    left, ends = Counter(widths), [0]
+    for n, (name, _) in enumerate(ranked, 1):
+        left[name] -= 1
+        if left[name] % multiple == 0:
+            ends.append(n)
 
     def enough(n: int) -> bool:
         gone = Counter(name for name, _ in ranked[:n])
         return fits({name: width - gone[name] for name, width in widths.items()})
 
-    return ranked[: bisect_left(range(len(ranked)), True, key=enough)]
+    return ranked[: ends[bisect_left(ends[:-1], True, key=enough)]]
 
 
 def kept(n_filters: int, gone: list[int]) -> Tensor:
