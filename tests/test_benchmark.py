@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,7 @@ def test_the_table_has_every_row(finished):
     for row in table["rows"]:
         assert set(row["dice"]) == {"RV cavity", "myocardium", "LV cavity", "mean foreground"}
         assert row["bytes"]["mean"] > 0 and row["training_seconds"]["mean"] > 0 and row["inference_seconds"]["mean"] > 0
+        assert row["torch_ms"]["mean"] > 0 and ("openvino_ms" in row) == (find_spec("openvino") is not None)
         assert ("sauron_minus_this" in row) == (row not in (rows["sauron"], whole))
     assert whole["wilcoxon_p"] is None
     lines = (finished.folder / "table.md").read_text().splitlines()

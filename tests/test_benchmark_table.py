@@ -61,6 +61,22 @@ def test_a_row_by_hand():
     )
 
 
+def test_milliseconds_stand_beside_the_flops():
+    """Of the runtimes that were measured, with the share of the reference's."""
+    sizes = {"parameters": 2e6, "flops": 1e9, "bytes": 8e6, "training_seconds": 90.0, "inference_seconds": 0.5}
+    dataset = SimpleNamespace(class_names=("background", "a", "b"), case_of=case_number)
+    by_seed, reference = {1: results([0.8, 0.6])}, {key: {"mean": 4e9} for key in sizes}
+    for times, head, cells in [
+        ({"torch_ms": 3.0, "openvino_ms": 2.0}, "torch, ms | OpenVINO, ms | ", "3.000 (75%) | 2.000 (20%) | "),
+        ({"torch_ms": 3.0}, "torch, ms | ", "3.000 (75%) | "),
+        ({}, "", ""),
+    ]:
+        row = table.make_row("ours", by_seed, [sizes | times], by_seed, dataset)
+        compared = reference | {"torch_ms": {"mean": 4.0}, "openvino_ms": {"mean": 10.0}}
+        first, _, line = table.format_table([row], compared).splitlines()
+        assert f"| FLOPs, G | {head}file, MB |" in first and f"| 1.000 (25%) | {cells}8.00 |" in line
+
+
 def images(*dice):
     """As evaluate.py, of one seed: patients of two images each."""
     return {f"p{i // 2 + 1}_{i % 2}": {"dice": [1.0, d]} for i, d in enumerate(dice)}

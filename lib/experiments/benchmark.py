@@ -27,6 +27,7 @@ from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
 from lib.experiments.benchmark_table import make_row, mean_difference, paired_differences, write_table
+from lib.experiments.patch_time import patch_milliseconds
 from lib.inference import Predictor
 from lib.models import load_model
 from lib.models.filters import format_filters
@@ -226,6 +227,8 @@ def make_rows(plan: Plan, volumes: list[np.ndarray]) -> dict[str, dict]:
         sizes[task]["training_seconds"] = training_seconds(task)
     for task, seconds in zip(tasks, inference_seconds(models, volumes, plan.data.patch_size, plan.tta), strict=True):
         sizes[task]["inference_seconds"] = seconds
+    for task, times in zip(tasks, patch_milliseconds(models, plan.data.patch_size), strict=True):
+        sizes[task] |= {f"{runtime}_ms": ms for runtime, ms in times.items()}
     rows, dataset = {}, plan.data.dataset
     for key, seeds in found.items():
         own = [plan.task(key, seed) for seed in seeds]

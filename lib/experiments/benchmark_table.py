@@ -19,6 +19,11 @@ INFERENCE_NOTE = (
     "Inference was timed on {place}: the network on a preprocessed volume, {mirrored}, median over {n_timed} images, "
     "all rows one after another in one process."
 )
+PATCH_NOTE = (
+    "ms: a forward pass of one patch, median of several; all networks took turns, with the same threads: in torch on "
+    "{place}{openvino}."
+)
+MS = {"torch_ms": "torch, ms", "openvino_ms": "OpenVINO, ms"}  # columns of what was measured
 OTHER_PLACES = "The rows were trained on different devices, or in different precision: their times cannot be compared."
 
 
@@ -99,15 +104,16 @@ def format_table(rows: list[dict], reference: dict) -> str:
     def share(row: dict, key: str, unit: float) -> str:
         return f"{cell(row[key], 3, unit)} ({row[key]['mean'] / reference[key]['mean']:.0%})"
 
-    names = list(rows[0]["dice"])
+    names, runtimes = list(rows[0]["dice"]), [key for key in MS if key in rows[0]]
     head = ["", *(f"Dice {name}" for name in names), *(f"HD95 {name}, mm" for name in names), "parameters, M"]
-    lines = [[*head, "FLOPs, G", "file, MB", "training, min", "inference, s per volume"]]
+    lines = [[*head, "FLOPs, G", *map(MS.get, runtimes), "file, MB", "training, min", "inference, s per volume"]]
     lines[0] += ["Wilcoxon p", "Dice difference"]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row in rows:
         line = [row["row"], *(cell(row["dice"][name], 3) for name in names)]
         line += [cell(row["HD95"][name], 2) for name in names]
-        line += [share(row, "parameters", 1e6), share(row, "flops", 1e9), cell(row["bytes"], 2, 1e6)]
+        line += [share(row, "parameters", 1e6), share(row, "flops", 1e9), *(share(row, key, 1) for key in runtimes)]
+        line += [cell(row["bytes"], 2, 1e6)]
         line += [cell(row["training_seconds"], 1, 60), cell(row["inference_seconds"], 3)]
         p = row["wilcoxon_p"]
         line += ["-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", format_difference(row["difference"])]
@@ -129,6 +135,9 @@ def format_notes(rows: dict[str, dict], about: dict) -> list[str]:
     else:
         notes += [f"Trained on {trained}." for trained in places]
     notes.append(INFERENCE_NOTE.format(**about))
+    measured = [key for key in MS if key in rows[REFERENCE]]
+    openvino = ", in OpenVINO on its CPU" if "openvino_ms" in measured else ""
+    notes += [PATCH_NOTE.format(openvino=openvino, **about)] if measured else []
     for row in rows.values():
         if found := row.get("sauron_minus_this"):
             notes.append(f"Sauron minus {row['row']}: {format_difference(found)}, {found['n']} patients")
