@@ -3,14 +3,19 @@
 For every seed it trains, predicts and evaluates the rows that are asked for. Then it times all networks and writes
 table.md, table.json and a figure. The same command continues where it was interrupted. All of it runs in this process,
 through the `main` of the three scripts: every training seeds itself, so the rows leave no trace in one another's
-random states, and torch is imported once instead of fifteen times a seed.
+random states, and torch is imported once instead of fifteen times a seed. With --jobs, trainings run in processes of
+their own beside one another.
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -23,6 +28,7 @@ import predict
 import train
 from lib.checkpoint import save_model
 from lib.data import DATASETS
+from lib.evaluation import RESERVED
 from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
@@ -38,6 +44,8 @@ from lib.system.cli import Parser, flops_limit, number, one_of, run_script
 from lib.system.error import InputError
 from lib.system.facts import facts
 from lib.system.files import file_digest, made, write_json, write_text
+from lib.system.process import n_cores
+from lib.validation import command as validation_command
 
 OTHER_PATCHES = 10**6  # added to the seed of the second half, which would see the patches of the first one again
 TIMED = 5  # images, for the seconds of inference
@@ -46,15 +54,18 @@ TIMED = 5  # images, for the seconds of inference
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m lib.experiments.benchmark",
-        usage="%(prog)s --data D [--rows ROW ...] [--seeds 1 2 3] [--epochs N] [--budgets 20%% 50%%] [--output FOLDER] "
-        "[-- flags of train.py]",
+        usage="%(prog)s --data D [--rows ROW ...] [--seeds 1 2 3] [--folds 0 1 2] [--epochs N] [--budgets 20%% 50%%] "
+        "[--jobs N] [--output FOLDER] [-- flags of train.py]",
         description="Train, predict and evaluate Sauron, its baselines and nnUNet; one table as Markdown and JSON, and "
         "a figure of Dice against FLOPs. What is finished in the folder is never trained again, and is in the table: "
         "the same command with another --device after -- times all of it there.",
     )
     add = parser.add_argument
-    add("--data", required=True, **one_of(DATASETS), help="data set (required)")
+    known = ", ".join(DATASETS)
+    add("--data", required=True, help=f"data set ({known}), or a folder in nnU-Net's raw format (required)")
     add("--seeds", type=number(int, 0), nargs="+", default=[1, 2, 3], help="of the trainings (default: 1 2 3)")
+    folds_help = "of own data, one for each seed: every training has a seed and a fold of its own (default: fold 0)"
+    add("--folds", nargs="+", default=[], metavar="FOLD", help=folds_help)
     add("--epochs", type=number(int, 1), help="of every row (default: the data set's)")
     add(
         "--rows",
@@ -79,6 +90,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what is predicted and evaluated (default: test, or validation where the test set has no ground truth)",
     )
     add("--no_tta", action="store_true", help="do not average over mirrorings (default: average over all)")
+    add(
+        "--jobs",
+        type=number(int, 1),
+        default=1,
+        help="trainings beside one another, each in a process of its own; they share the device (default: 1)",
+    )
     add("--output", type=Path, help="folder of all that is made (default: out/benchmark/<data>)")
     add("flags", nargs="*", help="after --: flags of train.py for all rows, such as -- --fms_init 16")
     return parser.parse_args(argv)
@@ -103,7 +120,46 @@ def train_row(plan: Plan, task: Task) -> None:
     argv = [*plan.flags, *row_of(task.key).flags, "--epochs", str(plan.epochs(task)), "--device", str(plan.device)]
     argv += ["--seed_train", str(task.seed + OTHER_PATCHES if task.is_pruned else task.seed)]
     argv += ["--output", str(plan.output / "runs"), "--exp_name", task.name]
-    call(train, [*argv, *(["--resume", str(run)] if run else starting_network(plan, task))])
+    argv += ["--fold", plan.folds[task.seed]] if plan.folds else []
+    new = [] if run else ["--data", plan.given_data, *starting_network(plan, task)]
+    call(train, [*argv, *(["--resume", str(run)] if run else new)])
+
+
+def train_rows(plan: Plan, tasks: list[Task], jobs: int) -> None:
+    """Train rows in `jobs` processes beside one another, each as soon as there is what it needs; what they print goes
+    to logs/NAME.txt. Raises InputError at the end where some have failed; those that need them were left out."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cores() // jobs)))
+    (plan.output / "logs").mkdir(exist_ok=True)
+    tasks = [task for task in tasks if task.run()[1] < plan.epochs(task)]
+    waiting, running, failed, start = list(tasks), {}, [], time.perf_counter()
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        while waiting or running:
+            missing = {*waiting, *running.values(), *failed}
+            for task in [task for task in waiting if missing.isdisjoint(task.needs)][: jobs - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(train_quietly, plan, task)] = task
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                error = future.exception()
+                failed += [task] if error else []
+                state = f"failed ({error})" if error else "trained"
+                left, minutes = len(waiting) + len(running), (time.perf_counter() - start) / 60
+                done = len(tasks) - left
+                eta = f"about {left * minutes / done:.0f} min left"
+                print(f"{task.name} {state}; {done} of {len(tasks)} in {minutes:.1f} min, {eta}", flush=True)
+    if failed:
+        names = ", ".join(f"logs/{task.name}.txt" for task in failed)
+        raise InputError(
+            f"{plan.output}: {len(failed)} trainings failed, see {names}; mend it and give the command again"
+        )
+
+
+def train_quietly(plan: Plan, task: Task) -> None:
+    """`train_row`, in a process of its own."""
+    with open(plan.output / "logs" / f"{task.name}.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        train_row(plan, task)
 
 
 def starting_network(plan: Plan, task: Task) -> list[str]:
@@ -182,7 +238,9 @@ def evaluate_row(plan: Plan, task: Task) -> dict:
         results.parent.mkdir(exist_ok=True)
         write_text(made_from, digest + "\n")
     data_path = plan.settings.data_path
-    if not results.exists():
+    if not results.exists() and plan.is_own:
+        write_json(results, validated(model))
+    elif not results.exists():
         argv = ["--data", plan.data.dataset.name, "--output", str(predictions), "--skip_existing"]
         argv += ["--model_state", str(model), "--device", str(plan.device)]
         argv += [*([] if plan.tta else ["--no_tta"]), *(["--original", data_path] if data_path else [])]
@@ -192,6 +250,16 @@ def evaluate_row(plan: Plan, task: Task) -> dict:
         argv += ["--num_workers", str(max(1, plan.settings.num_workers))]
         call(evaluate, [*argv, *(["--gt", data_path] if data_path else [])])
     return read_json(results)
+
+
+def validated(model: Path) -> dict:
+    """What train.py found of a model on whole validation volumes, before any post-processing, as evaluate.py says it.
+    Raises InputError where it is not there, or of another model."""
+    file = model.parent.parent / "validation.json"
+    found = read_json(file)
+    if found.get("sha256") != file_digest(model):
+        raise InputError(f"{file}: is not of {model.name}; to validate it: {validation_command(model.parent.parent)}")
+    return found["before"]["subjects"] | {"average": found["before"]["average"]}
 
 
 def inference_seconds(
@@ -242,11 +310,13 @@ def make_rows(plan: Plan, volumes: list[np.ndarray]) -> dict[str, dict]:
     return rows
 
 
-def run_plan(plan: Plan) -> None:
+def run_plan(plan: Plan, jobs: int) -> None:
     """Do what is not done yet, and write the table."""
     check_settings(plan)
     check_runs(plan)
     tasks = [plan.task(row, seed) for seed, row in product(plan.seeds, plan.rows)]
+    if jobs > 1:
+        train_rows(plan, tasks, jobs)
     for i, task in enumerate(tasks, 1):
         print(f"row {i} of {len(tasks)}: {row_of(task.key).title}, seed {task.seed}", flush=True)
         train_row(plan, task)
@@ -257,7 +327,8 @@ def run_plan(plan: Plan) -> None:
     rows = make_rows(plan, volumes)
 
     about, dataset, epochs = facts(plan.device), plan.data.dataset, plan.settings.epochs
-    images = [subject for part in plan.partitions for subject in plan.data.ids[part]]
+    files = [plan.output / "results" / f"{key}-{seed}.json" for key, row in rows.items() for seed in row["seeds"]]
+    images = {subject for file in files for subject in read_json(file) if subject not in RESERVED}
     said = {"data": dataset.name, "subjects": len(images), "partition": " and ".join(plan.partitions)}
     said |= {"patients": len(set(map(dataset.case_of, images))), "epochs": epochs, "lr": plan.settings.lr}
     said |= {"half": epochs // 2, "rest": epochs - epochs // 2, "patch": " x ".join(map(str, plan.data.patch_size))}
@@ -271,7 +342,7 @@ def run_plan(plan: Plan) -> None:
 def benchmark(args: argparse.Namespace) -> None:
     plan = make_plan(args)
     with made(plan.output):
-        run_plan(plan)
+        run_plan(plan, args.jobs)
 
 
 def main(argv: list[str] | None = None) -> int:

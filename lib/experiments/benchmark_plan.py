@@ -12,6 +12,7 @@ import torch
 
 from lib.build import build_dataset
 from lib.checkpoint import newest_epoch
+from lib.data import DATASETS
 from lib.data.loading import Loader
 from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_rows import HALF, KINDS, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of, rows_to_train
@@ -21,7 +22,8 @@ from lib.settings import Settings
 from lib.system.device import find_device
 from lib.system.error import InputError
 from lib.system.files import read_text, write_json
-from lib.utils import parseArguments
+from lib.training import plan_own_data
+from lib.utils import parseArguments, settings_of
 
 OWN = (  # flags of train.py that the rows set themselves
     *("exp_name", "output", "seed_train", "epochs", "model", "no_prune"),
@@ -81,12 +83,19 @@ class Plan:
     output: Path
     rows: tuple[str, ...]  # keys of what is to be trained
     seeds: tuple[int, ...]
-    flags: tuple[str, ...]  # of train.py, for all rows
+    folds: dict[int, str]  # of own data, by seed where they are given
+    flags: tuple[str, ...]  # of train.py, for all rows, but --data
     settings: Settings  # of the first row
     partitions: tuple[str, ...]  # what is predicted
     tta: bool  # whether predictions average over mirrorings
-    data: Loader
+    data: Loader  # of the first fold
     device: torch.device
+    given_data: str  # as --data says it
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data are a folder in nnU-Net's raw format, whose results are train.py's own validation."""
+        return self.settings.definition is not None
 
     def task(self, key: str, seed: int) -> Task:
         return Task(self.output, key, seed)
@@ -103,9 +112,9 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Raises InputError where a training would, and where a flag after -- is the benchmark's own."""
-    flags = ["--data", args.data, *args.flags]
-    given = parseArguments(flags)
-    for key in (*OWN, *(["max_flops"] if args.budgets else [])):
+    flags = [*args.flags]
+    given = parseArguments(["--data", args.data, *flags])
+    for key in (*OWN, *(["max_flops"] if args.budgets else []), *(["fold"] if args.folds else [])):
         if getattr(given, key) is not None:
             raise InputError(f"--{key} after --: the benchmark sets it for each row; leave it out")
     if given.imp_fun == "random":
@@ -113,18 +122,40 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.budgets and WITHOUT_BUDGET in (args.rows or ()):
         raise InputError(f"--rows {WITHOUT_BUDGET}: has no budget; leave it or --budgets out")
     flags += ["--epochs", str(args.epochs)] if args.epochs else []
-    rows = rows_to_train(args.rows or ROWS, args.budgets)
-    settings, *_ = [Settings.of(vars(parseArguments([*flags, *row_of(row).flags]))) for row in (SAURON, *rows)]
+    rows, seeds = rows_to_train(args.rows or ROWS, args.budgets), tuple(dict.fromkeys(args.seeds))
+    folds = folds_by_seed(args, seeds)
+    own = plan_own_data(given)
+    definition = own and own["definition"]
+    first = ["--data", args.data, *(["--fold", folds[seeds[0]]] if folds else []), *flags]
+    settings, *_ = [
+        settings_of(parseArguments([*first, *row_of(row).flags]), definition=definition)[1] for row in (SAURON, *rows)
+    ]
     output = args.output or Path("out", "benchmark", settings.data)
-    seeds = tuple(dict.fromkeys(args.seeds))
     check_pruned_rows([Task(output, row, seed) for row, seed in product(rows, seeds)], settings.epochs)
     device = find_device(settings.device)
     data = build_dataset(settings)
-    partitions = tuple(dict.fromkeys(args.partitions or [choose_partition(data)]))
+    if own and (args.no_tta or set(args.partitions or ()) - {"validation"}):
+        flag = "--no_tta" if args.no_tta else "--partitions test"
+        raise InputError(
+            f"{flag}: of own data, what counts is train.py's own validation, with mirrorings; leave it out"
+        )
+    partitions = tuple(dict.fromkeys(args.partitions or ["validation" if own else choose_partition(data)]))
     for partition in partitions:
-        if not all(file.label for file in data.files(partition)):
+        if not data.files(partition) or not all(file.label for file in data.files(partition)):
             raise InputError(f"--partitions {partition}: some of these images have no ground truth; name another")
-    return Plan(output, rows, seeds, tuple(flags), settings, partitions, not args.no_tta, data, device)
+    what = settings, partitions, not args.no_tta, data, device, args.data
+    return Plan(output, rows, seeds, folds, tuple(flags), *what)
+
+
+def folds_by_seed(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[int, str]:
+    """--folds by seed; empty where they are not given. Raises InputError where they do not go with the rest."""
+    if not args.folds:
+        return {}
+    if args.data in DATASETS:
+        raise InputError(f"--folds: is for a folder in nnU-Net's raw format; leave it out with {args.data}")
+    if len(args.folds) != len(seeds):
+        raise InputError(f"--folds: give one for each of the {len(seeds)} seeds, not {len(args.folds)}")
+    return dict(zip(seeds, args.folds, strict=True))
 
 
 def check_pruned_rows(tasks: list[Task], epochs: int) -> None:
@@ -167,6 +198,7 @@ def check_settings(plan: Plan) -> None:
     path = plan.output / "settings.json"
     settings = {key: value for key, value in plan.settings.as_dict().items() if key not in FREE}
     settings |= {"partitions": list(plan.partitions), "no_tta": not plan.tta}
+    settings = json.loads(json.dumps(settings))  # as it is read again
     try:
         if not path.exists():
             plan.output.mkdir(parents=True, exist_ok=True)
@@ -175,7 +207,7 @@ def check_settings(plan: Plan) -> None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"--output {plan.output}: cannot be used ({error}); give another folder") from error
     for key, value in settings.items():
-        if before.get(key, value) != value:
+        if key != "fold" and before.get(key, value) != value:
             flag = f"--{key.rstrip('_')}"
             raise InputError(f"{flag} {value}: {plan.output} has {before[key]}; keep it, or give another --output")
 
@@ -194,7 +226,12 @@ def check_runs(plan: Plan) -> None:
         run, _ = task.run() if task else (None, 0)
         if run is None:
             continue
-        epochs, reason = Settings.read(run)[0].epochs, ""
+        settings, reason = Settings.read(run)[0], ""
+        epochs, fold = settings.epochs, plan.folds.get(task.seed, settings.fold)
+        if settings.fold != fold:
+            raise InputError(
+                f"--folds: {folder} was trained on fold {settings.fold}, not {fold}; give it, or another seed"
+            )
         if epochs != plan.epochs(task):
             reason = f"for {epochs} epochs, not {plan.epochs(task)}"
         elif task.is_pruned and not task.pruning.exists():
