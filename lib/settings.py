@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -354,6 +354,7 @@ class Settings(Options):
     modalities: int = noted(lambda values: _dataset_of(values).modalities)
     n_classes: int = noted(lambda values: _dataset_of(values).n_classes)
     precision: str | None = noted(None)  # what --amp came to: "float32" or "bfloat16"
+    padding_counts: bool = noted(False)  # see `Preprocessing`: in runs of the time when it did
 
     parser_texts = {
         "prog": "train.py",
@@ -420,7 +421,12 @@ class Settings(Options):
             if definition is not None:
                 definition = as_dict(of_dict(definition))
             given = vars(cls.parser().parse_args(cls.flags(config | ({"data": None} if definition else {}))))
-            settings = cls.of(given | {"precision": config.get("precision"), "definition": definition})
+            known = {"precision": config.get("precision"), "definition": definition}
+            padded = definition is None and _dataset_of(given).preprocessing.min_size is not None
+            known["padding_counts"] = config.get("padding_counts", padded)
+            settings = cls.of(given | known)
+            if type(settings.padding_counts) is not bool:
+                raise InputError(f"padding_counts is {settings.padding_counts!r}")
             if settings.precision not in (None, "float32", "bfloat16"):
                 raise InputError(f"precision is {settings.precision!r}")
             for name, value in settings.as_dict().items():
@@ -439,7 +445,10 @@ class Settings(Options):
 
     @cached_property
     def dataset(self) -> BaseDataset:
-        return _dataset_of({"data": self.data, "definition": self.definition})
+        dataset = _dataset_of({"data": self.data, "definition": self.definition})
+        if not self.padding_counts:
+            return dataset
+        return replace(dataset, preprocessing=replace(dataset.preprocessing, padding_counts=True))
 
     @property
     def has_budget(self) -> bool:

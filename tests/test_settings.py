@@ -330,3 +330,19 @@ def test_a_run_of_the_time_before_budgets_has_none(tmp_path):
     config = {key: value for key, value in config_of("phantom", "--max_flops", "none").items() if key != "max_flops"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Settings.read(tmp_path)[0].as_dict() == config | {"max_flops": "none"}
+
+
+@pytest.mark.parametrize(("data", "padded"), [("kits", True), ("phantom3d", True), ("acdc", False)])
+def test_a_run_keeps_to_the_normalization_that_it_was_trained_with(tmp_path, data, padded):
+    """Once, what a data set pads its volumes with had its part in their z-score."""
+    config = config_of(data, "--max_flops", "none")
+    assert config["padding_counts"] is False
+    for older, counts in ((False, False), (True, padded)):
+        there = {key: value for key, value in config.items() if not (older and key == "padding_counts")}
+        (tmp_path / "config.json").write_text(json.dumps(there))
+        settings, facts = Settings.read(tmp_path)
+        assert settings.padding_counts == counts == settings.dataset.preprocessing.padding_counts
+        assert facts == {} and settings.dataset.name == DATASETS[data].name
+    (tmp_path / "config.json").write_text(json.dumps(config | {"padding_counts": 1}))
+    with pytest.raises(InputError, match="config.json: is damaged .*padding_counts"):
+        Settings.read(tmp_path)
