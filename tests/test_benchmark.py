@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from raw_data import write_raw
 
 import train
 from lib import checkpoint
@@ -326,3 +327,78 @@ def test_budgets_share_the_epochs_and_a_second_call_adds_to_the_table(arguments,
     }
     assert len(list((tmp_path / "out" / "predictions" / "nnunet-1").glob("*.nii.gz"))) == table["subjects"]
     assert (tmp_path / "out" / "dice_flops.png").stat().st_size > 10_000
+
+
+OWN = [
+    *("--rows", "sauron", "nnunet-widths", "--budgets", "60%", "--seeds", "1", "2", "--folds", "0", "1"),
+    *("--jobs", "3", "--epochs", "2"),
+]
+OWN_FLAGS = [
+    *("--fms_init", "4", "--levels", "3", "--steps", "2", "--min_filters", "2", "--max_prune_fraction", "0.6"),
+    *("--dim", "2D", "--patch_size", "24", "24", "--device", "cpu", "--num_workers", "0"),
+]
+
+
+def test_own_data_are_compared_fold_by_fold(tmp_path, capsys):
+    """Three trainings at a time, in processes of their own; the second call finds all of them."""
+    data = write_raw(tmp_path / "Dataset007_Blobs", n=5, shape=(24, 28, 4), empty=False)
+    output = tmp_path / "out"
+    arguments = ["--data", str(data), "--output", str(output), *OWN]
+    flags = ["--", *OWN_FLAGS, "--cache_path", str(tmp_path / "cache")]
+    assert benchmark.main([*arguments, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 in" in printed and "epoch 2/2" in (output / "logs" / "sauron@60pct-2.txt").read_text()
+    table = json.loads((output / "table.json").read_text())
+    assert [(row["row"], row["seeds"]) for row in table["rows"]] == [
+        ("nnUNet", [1, 2]),
+        ("Sauron, budget 60%", [1, 2]),
+        ("nnUNet of Sauron's widths (60%), from scratch", [1, 2]),
+    ]
+    scores = {}
+    for seed, fold in ((1, "0"), (2, "1")):
+        (run,) = (output / "runs" / f"sauron@60pct-{seed}").glob("*/*")
+        assert json.loads((run / "config.json").read_text())["fold"] == fold
+        scores |= json.loads((run / "validation.json").read_text())["before"]["subjects"]
+    assert len(scores) == table["subjects"] == 2  # one of five in each fold
+    found = table["rows"][1]["dice"]["mean foreground"]["mean"]
+    assert found == pytest.approx(sum(sum(metrics["dice"][1:]) / 2 for metrics in scores.values()) / 2)
+    assert table["rows"][1]["difference"]["n"] == 2
+    flops = [row["flops"]["mean"] for row in table["rows"]]
+    assert flops[1] == flops[2] < flops[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark.train, "main", lambda argv: pytest.fail(f"done already: {argv}"))
+        assert benchmark.main([*arguments, *flags]) == 0
+        other = [*arguments[: arguments.index("--folds")], "--folds", "0", "2", *arguments[arguments.index("--jobs") :]]
+        assert benchmark.main([*other, *flags]) == 2
+    assert "was trained on fold 1, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--folds", "0"], "--folds: give one for each of the 2 seeds, not 1"),
+        (["--no_tta"], "--no_tta: of own data"),
+        (["--partitions", "test"], "--partitions test: of own data"),
+        (["--", "--fold", "1"], "--fold after --: the benchmark sets it"),
+        (["--data", "phantom"], "--folds: is for a folder in nnU-Net's raw format"),
+    ],
+)
+def test_what_does_not_go_with_own_data(tmp_path, capsys, changed, message):
+    data = write_raw(tmp_path / "Dataset007_Blobs", n=5, shape=(24, 28, 4), empty=False)
+    arguments = ["--data", str(data), "--output", str(tmp_path / "out"), *OWN, *changed]
+    assert benchmark.main([*arguments, *([] if "--" in changed else ["--"]), *OWN_FLAGS]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_training_that_fails_is_named_and_those_that_need_it_are_left_out(tmp_path, capsys):
+    data = write_raw(tmp_path / "Dataset007_Blobs", n=5, shape=(24, 28, 4), empty=False)
+    output = tmp_path / "out"
+    (output / "runs").mkdir(parents=True)
+    (output / "runs" / "sauron@60pct-1").write_text("where its folder should be")
+    arguments = ["--data", str(data), "--output", str(output), *OWN, "--seeds", "1", "--folds", "0"]
+    assert benchmark.main([*arguments, "--", *OWN_FLAGS, "--cache_path", str(tmp_path / "cache")]) == 2
+    printed = capsys.readouterr()
+    assert "1 trainings failed, see logs/sauron@60pct-1.txt" in printed.err
+    assert "cannot be written to" in (output / "logs" / "sauron@60pct-1.txt").read_text()
+    assert [path.name for path in sorted((output / "runs").iterdir())] == ["nnunet-1", "sauron@60pct-1"]

@@ -34,9 +34,11 @@ def spread(values) -> dict[str, float | None]:
 
 
 def subject_dice(results: list[dict]) -> dict[str, float | None]:
-    """{subject: mean Dice over the foreground classes that have one, averaged over the seeds' results}."""
-    subjects = [subject for subject in results[0] if subject not in RESERVED]
-    return {s: spread(spread(seed[s]["dice"][1:])["mean"] for seed in results)["mean"] for s in subjects}
+    """{subject: mean Dice over the foreground classes that have one, averaged over the results, by seed, that have the
+    subject}: with folds, each seed has its own."""
+    subjects = dict.fromkeys(subject for seed in results for subject in seed if subject not in RESERVED)
+    means = {s: [spread(seed[s]["dice"][1:])["mean"] for seed in results if s in seed] for s in subjects}
+    return {subject: spread(values)["mean"] for subject, values in means.items()}
 
 
 def patient_dice(results: list[dict], patient_of: Callable) -> dict[int | str, float]:
