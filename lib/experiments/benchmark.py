@@ -121,8 +121,10 @@ def train_row(plan: Plan, task: Task) -> None:
     argv += ["--seed_train", str(task.seed + OTHER_PATCHES if task.is_pruned else task.seed)]
     argv += ["--output", str(plan.output / "runs"), "--exp_name", task.name]
     argv += ["--fold", plan.folds[task.seed]] if plan.folds else []
-    new = [] if run else ["--data", plan.given_data, *starting_network(plan, task)]
-    call(train, [*argv, *(["--resume", str(run)] if run else new)])
+    if run:
+        call(train, [*argv, "--resume", str(run)])
+    else:
+        call(train, ["--data", plan.given_data, *argv, *starting_network(plan, task)])
 
 
 def train_rows(plan: Plan, tasks: list[Task], jobs: int) -> None:
