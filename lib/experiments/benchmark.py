@@ -32,7 +32,8 @@ from lib.evaluation import RESERVED
 from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
-from lib.experiments.benchmark_table import make_row, mean_difference, paired_differences, write_table
+from lib.experiments.benchmark_table import make_row, paired_differences, write_table
+from lib.experiments.intervals import mean_difference
 from lib.experiments.patch_time import patch_milliseconds
 from lib.inference import Predictor
 from lib.models import load_model

@@ -6,13 +6,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib
-from scipy.stats import t as student_t
 from scipy.stats import wilcoxon
 
 from lib.data.BaseDataset import BaseDataset
 from lib.evaluation import RESERVED
 from lib.experiments.benchmark_rows import NOTES, REFERENCE, ROWS, kind_of
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
+from lib.experiments.intervals import format_difference, mean_difference
 from lib.system.files import write_json, write_text
 
 INFERENCE_NOTE = (
@@ -62,21 +62,6 @@ def paired_differences(results: dict[int, dict], reference: dict[int, dict], pat
 def wilcoxon_p(differences: list[float]) -> float | None:
     """p of the two-sided signed-rank test; None if there is no difference."""
     return float(wilcoxon(differences).pvalue) if any(differences) else None
-
-
-def mean_difference(values: list[float]) -> dict[str, float | int | None]:
-    """{"mean", "low", "high", "n"}: the mean of the `n` differences and its 95% interval (Student's t; null for less
-    than two)."""
-    if len(values) < 2:
-        return {"mean": fmean(values) if values else None, "low": None, "high": None, "n": len(values)}
-    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return {"mean": fmean(values), "low": fmean(values) - half, "high": fmean(values) + half, "n": len(values)}
-
-
-def format_difference(found: dict) -> str:
-    if found["low"] is None:
-        return "-" if found["mean"] is None else f"{found['mean']:+.3f}"
-    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
 def make_row(
