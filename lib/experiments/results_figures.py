@@ -12,8 +12,8 @@ from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.experiments.kept import ROWS, Training
 from lib.experiments.results_table import grouped
 
-LOOKS = dict(zip(ROWS, zip(("#000000", *COLOURS, "#777777"), "so^DvPX*", strict=True), strict=True))  # colour, marker
-ASIDE = 1.035  # rows of one budget stand side by side: by this factor
+LOOKS = dict(zip(ROWS, zip(("#000000", *COLOURS, "#777777"), "so^DvPXh", strict=True), strict=True))  # colour, marker
+ASIDE = 1.05  # rows of one budget stand side by side: by this factor
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
 DPI = 150
 WARM_UP = 0.1  # share of the epochs that does not say where the axis of the Dice begins
@@ -65,7 +65,7 @@ def _mark(axes: Axes, row: dict, x: float, found: dict) -> None:
     colour, marker = LOOKS[row["row"]]
     low, high = (found["mean"] if found[end] is None else found[end] for end in ("low", "high"))
     axes.plot([x, x], [low, high], color=colour, linewidth=1.2)
-    axes.plot(x, found["mean"], marker, color=colour, markersize=7, markeredgecolor="white", label=ROWS[row["row"]])
+    axes.plot(x, found["mean"], marker, color=colour, markersize=8, markeredgecolor="white", label=ROWS[row["row"]])
 
 
 def _percent_axis(axes: Axes, rows: Sequence[dict]) -> None:

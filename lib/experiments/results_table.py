@@ -23,8 +23,8 @@ NAMES = {"torch_ms": "torch, ms", "openvino_ms": "OpenVINO, ms"}
 NOTES = (
     "{data}, whole volumes of the validation sets, {when} post-processing; {subjects} subjects of {cases} cases.",
     "A training is a pair of fold and seed, and each weighs the same. Dice and HD95 (mm): means over its cases, then "
-    "over trainings. In brackets: {level}% intervals of a two-level bootstrap ({resamples} resamples, percentiles): "
-    "trainings are drawn with replacement, and within each its cases are.",
+    "over trainings. In brackets: {level}% intervals of a two-level bootstrap ({resamples:,} resamples, percentiles): "
+    "trainings are drawn with replacement, and so are the cases of each fold, the same for all its trainings.",
     "Differences are of the mean foreground Dice, paired: over the trainings of the same fold and seed, whose number "
     "stands behind them, case by case. Those resample likewise.",
     'Over few trainings such intervals are too narrow. "t" is Student\'s interval of the mean difference over '
@@ -125,7 +125,8 @@ def difference(ours: Sequence[Training], theirs: Sequence[Training], case_of: Ca
     others = {training.key: training for training in theirs}
     pairs = [(training, others[training.key]) for training in ours if training.key in others]
     values = [case_differences(*(scores_of(one, case_of, when, "dice") for one in pair)) for pair in pairs]
-    return two_level(values) | {"pairs": [list(training.key) for training, _ in pairs]}
+    folds = [training.fold for training, _ in pairs]
+    return two_level(values, folds) | {"pairs": [list(training.key) for training, _ in pairs]}
 
 
 def _row(group: list[Training], reference: list[Training], case_of: Callable, when: str) -> dict:
@@ -139,8 +140,9 @@ def _row(group: list[Training], reference: list[Training], case_of: Callable, wh
     for metric in ("dice", "HD95"):
         by_class = {}
         for name, k in names.items():
-            values = [list(scores_of(training, case_of, when, metric, k).values()) for training in group]
-            by_class[name] = two_level(values) | {"by_training": [fmean(v) if v else None for v in values]}
+            values = [scores_of(training, case_of, when, metric, k) for training in group]
+            by_class[name] = two_level(values, [training.fold for training in group])
+            by_class[name]["by_training"] = [fmean(v.values()) if v else None for v in values]
         row[metric] = by_class
     for key in ("parameters", "flops"):
         row[key] = fmean(t.size[key][1] for t in group)
