@@ -198,8 +198,13 @@ def test_scores_of_another_program(tmp_path, capsys):
     assert found.scores["before"]["patient001_frame01"]["dice"] == [0.5, 0.25, 0.75]
     with pytest.raises(InputError, match="one.json: has no scores after post-processing"):
         make_results([found], "after")
-    scores.write_text(json.dumps({"patient001_frame01": {"dice": [1.0, 0.5], "HD95": [], "surface_dice": []}}))
+    flags[flags.index("nnunetv2")] = "flat"
     assert main([*flags, "--parameters", "3e6", "--seed", "4", "--overwrite"]) == 2
+    assert "--row flat: needs --budget" in capsys.readouterr().err
+    assert main([*flags, "--parameters", "3e6", "--seed", "4", "--overwrite", "--budget", "20%"]) == 0
+    assert (read_kept(file).row, read_kept(file).budget) == ("flat", "20%")
+    scores.write_text(json.dumps({"patient001_frame01": {"dice": [1.0, 0.5], "HD95": [], "surface_dice": []}}))
+    assert main([*flags, "--parameters", "3e6", "--seed", "4", "--overwrite", "--budget", "20%"]) == 2
     assert "has not the 4 classes of acdc" in capsys.readouterr().err.lower()
 
 
@@ -350,3 +355,22 @@ def test_the_committed_trainings_are_of_one_table():
         average = json.loads((RUNS / row["trainings"][0]["file"]).read_text())["validation"]["average"]["before"]
         assert [row["dice"][name]["mean"] for name in results["classes"]] == pytest.approx(average["dice"], abs=2e-5)
         assert row["HD95"]["mean"]["mean"] == pytest.approx(sum(average["HD95"]) / 2, abs=5e-5)  # of 5 digits
+
+
+def test_percentages_refer_to_the_network_before_pruning(tmp_path, capsys):
+    """Of a training without a run folder they are known where they are given; else there is nothing to draw."""
+    metrics = {"dice": [1.0, 0.5, 0.25, 0.75], "HD95": [None, 1.0, 2.0, 3.0], "surface_dice": [None, 0.5, 0.5, 0.5]}
+    scores, folder = tmp_path / "results.json", tmp_path / "kept"
+    folder.mkdir()
+    scores.write_text(json.dumps({"patient001_frame01": metrics, "average": metrics, "n": {}}))
+    flags = ["keep", "--scores", str(scores), str(folder / "one.json"), "--row", "sauron", "--budget", "20%"]
+    flags += ["--data", "acdc", "--seconds", "60", "--seed", "1", "--flops", "2e9", "--parameters", "3e6"]
+    assert main(flags) == 0
+    table = ["table", str(folder), "--output", str(tmp_path / "out")]
+    assert main(table) == 2
+    assert "no FLOPs before pruning are known" in capsys.readouterr().err
+    assert main([*flags, "--whole_flops", "1e10", "--overwrite"]) == 0
+    assert main(table) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]
+    assert row["flops_share"] == pytest.approx(0.2) and not row["parameters_share"]
+    assert (tmp_path / "out" / "dice_flops.png").stat().st_size > 1000

@@ -99,10 +99,23 @@ def keep_run(
 
 
 def keep_scores(
-    path: Path, dataset: BaseDataset, fold: str | None, seed: int, seconds: float, size: dict[str, float], **more: Any
+    path: Path,
+    row: str,
+    budget: str | None,
+    dataset: BaseDataset,
+    fold: str | None,
+    seed: int,
+    seconds: float,
+    size: dict[str, list[float | None]],
+    **more: Any,
 ) -> dict:
-    """The same of another program's training, whose predictions evaluate.py has compared (its results.json): there is
-    no history, no network before pruning, and no post-processing of ours. `size`: its parameters and flops."""
+    """The same of a training without a run folder, such as another program's, whose predictions evaluate.py has
+    compared (its results.json): there is no history, and no post-processing of ours. `size`: parameters and flops,
+    before pruning (None: not known) and now. Raises InputError if the file is another one, or `budget` does not go with
+    the row."""
+    if (budget is None) != (row in WITHOUT_BUDGET):
+        what = "has no budget; leave --budget out" if budget else "needs --budget, that of Sauron"
+        raise InputError(f"--row {row}: {what}")
     try:
         results = json.loads(read_text(path))
         subjects = {subject: results[subject] for subject in results if subject not in RESERVED}
@@ -112,8 +125,8 @@ def keep_scores(
     if not ours or any(len(values) != dataset.n_classes for found in ours for values in found.values()):
         raise InputError(f"--scores {path}: has not the {dataset.n_classes} classes of {dataset.name}, or no subject")
     return {
-        "row": "nnunetv2",
-        "budget": None,
+        "row": row,
+        "budget": budget,
         "budget_met": None,
         "fold": fold,
         "seed": seed,
@@ -123,7 +136,7 @@ def keep_scores(
         **more,
         "commands": [],
         "config": {"data": dataset.name},
-        "size": {key: [None, value] for key, value in size.items()},
+        "size": size,
         "history": {},
         "validation": {
             "classes": list(dataset.class_names[1:]),

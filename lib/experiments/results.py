@@ -19,8 +19,8 @@ from lib.system.cli import Parser, flops_limit, number, one_of, run_script
 from lib.system.error import InputError
 from lib.system.files import check_writable, write_json, write_text
 
-ONLY_SCORES = ("data", "fold", "flops", "parameters")
-ONLY_RUNS = ("budget", "first")
+ONLY_SCORES = ("data", "fold", "flops", "parameters", "whole_flops", "whole_parameters")
+ONLY_RUNS = ("first",)
 positive = number(float, 0, 1e18, open_low=True)
 
 
@@ -40,12 +40,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for key in MS:
         runtime = "torch" if key == "torch_ms" else "OpenVINO"
         add(f"--{key}", type=positive, help=f"measured milliseconds of a patch in {runtime} (default: not known)")
-    scores = keep.add_argument_group("of nnunetv2, which has no run folder")
+    scores = keep.add_argument_group("of nnunetv2, and others that have no run folder")
     scores.add_argument("--scores", type=Path, metavar="FILE", help="what evaluate.py has written of its predictions")
     scores.add_argument("--data", help="whose classes these are, as for evaluate.py")
     scores.add_argument("--fold", type=fold_argument, help="the fold of the training")
     scores.add_argument("--flops", type=positive, help="of one patch")
     scores.add_argument("--parameters", type=positive, help="of the network")
+    whole = "of the network before pruning, which percentages refer to (default: not known)"
+    scores.add_argument("--whole_flops", type=positive, help=whole)
+    scores.add_argument("--whole_parameters", type=positive, help=whole)
     table = commands.add_parser("table", help="make the table and the figures")
     add = table.add_argument
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="of the JSON files of keep")
@@ -71,10 +74,10 @@ def keep(args: argparse.Namespace) -> None:
         needed = ("data", "seed", "seconds", "flops", "parameters")
         if missing := [key for key in needed if getattr(args, key) is None]:
             raise InputError(f"--scores: needs --{missing[0]}")
-        if args.row != "nnunetv2":
-            raise InputError(f"--row {args.row}: is a run of ours; --scores goes with --row nnunetv2")
-        dataset, size = find_dataset(args.data)[0], {key: getattr(args, key) for key in ("parameters", "flops")}
-        content = keep_scores(args.scores, dataset, args.fold, args.seed, args.seconds, size, **more)
+        dataset = find_dataset(args.data)[0]
+        size = {key: [getattr(args, f"whole_{key}"), getattr(args, key)] for key in ("parameters", "flops")}
+        what = args.row, args.budget, dataset, args.fold, args.seed, args.seconds, size
+        content = keep_scores(args.scores, *what, **more)
     else:
         content = keep_run(runs[0], args.row, args.budget, args.seed, args.seconds or 0, args.first, **more)
     write_text(file, format_kept(content) + "\n", replace=args.overwrite)

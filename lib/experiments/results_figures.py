@@ -11,6 +11,7 @@ from lib.evaluation import mean_foreground
 from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
 from lib.experiments.kept import ROWS, Training
 from lib.experiments.results_table import grouped
+from lib.system.error import InputError
 
 LOOKS = dict(zip(ROWS, zip(("#000000", *COLOURS, "#777777"), "so^DvPXh", strict=True), strict=True))  # colour, marker
 ASIDE = 1.05  # rows of one budget stand side by side: by this factor
@@ -21,8 +22,11 @@ WARM_UP = 0.1  # share of the epochs that does not say where the axis of the Dic
 
 def draw_dice_flops(results: dict, path: Path) -> None:
     """Above, each row's mean Dice against its FLOPs; below, its paired difference to unpruned, which leaves out how
-    much the cases differ from one another. Bars: two-level bootstrap intervals. Small marks: trainings."""
+    much the cases differ from one another. Bars: two-level bootstrap intervals. Small marks: trainings. Raises
+    InputError where of no row it is known which share of the FLOPs is left."""
     rows = [row for row in results["rows"] if row["flops_share"] and row["dice"]["mean"]["mean"] is not None]
+    if not rows:
+        raise InputError("no FLOPs before pruning are known: add an unpruned training, or keep with --whole_flops")
     has_difference = any(row["minus_unpruned"] for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(6.4, 6.4 if has_difference else 4)
