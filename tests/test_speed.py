@@ -12,6 +12,7 @@ from lib.experiments.speed import main
 SMALL = ["--patch_size", "32", "32", "--fms_init", "4", "--levels", "3"]
 COMMANDS = {
     "step": [*SMALL, "--batch_size", "2"],
+    "rate": [*SMALL, "--batch_size", "2", "--matrix", "64"],
     "epoch": [*SMALL, "--batch_size", "2", "--batches", "2", "--num_workers", "0"],
     "data": ["--patch_size", "32", "32", "--volumes", "2"],
     "predict": SMALL,
@@ -89,7 +90,7 @@ def test_a_step_is_timed_in_a_process_whose_threads_wait_as_openmp_lets_them(mon
     assert "GOMP_SPINCOUNT = '300000'" in told[0].stderr
 
 
-@pytest.mark.parametrize("command", ["step", "epoch", "predict", "busy"])
+@pytest.mark.parametrize("command", ["step", "rate", "epoch", "predict", "busy"])
 def test_a_patch_that_fits_no_network_is_refused(command, phantom, capsys):
     folders = ["--data_path", str(phantom / "data"), "--cache_path", str(phantom / "cache")]
     assert main([command, *folders, "--patch_size", "33", "33", "--levels", "3"]) == 2

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from lib.experiments.speed_parts import Watched, build, cut_down, interleave, show_ratios, timed
+from lib.experiments.speed_parts import Watched, build, cut_down, interleave, show_ratios, step_flops, timed
 from lib.models.nnUNet import nnUNet
 from lib.models.Sauron import Sauron
 from lib.models.size import summary
@@ -46,6 +47,19 @@ def test_networks_start_alike_and_the_small_one_has_a_tenth_of_the_flops(capsys)
 def test_a_size_that_no_network_fits_is_refused():
     with pytest.raises(InputError, match="--patch_size 33 33"):
         build(nnUNet, arguments(patch_size=(33, 33)))
+
+
+@pytest.mark.parametrize(("data", "size"), [("phantom", (32, 32)), ("phantom3d", (8, 16, 8))])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_has_the_flops_that_torch_counts(data, size, batch):
+    model = build(nnUNet, arguments(data=data, patch_size=size))
+    images = torch.randn(batch, model.modalities, *size)
+    with FlopCounterMode(display=False) as counter:
+        sum(output.square().sum() for output in model(images)).backward()
+    counted = counter.get_total_flops()
+    if batch == 2:
+        assert counted == step_flops(model, images)
+    assert step_flops(model, images) == batch * step_flops(model, images[:1]) <= counted
 
 
 def test_watched_gives_the_first_batches_and_notes_each_wait():

@@ -45,6 +45,7 @@ over the repeats. CPU seconds are counted where there is one thread, the wall cl
 """
 TEXTS = {
     "step": "a training step of Sauron, and of Sauron as its formulas are written, over that of nnUNet",
+    "rate": "the FLOPs per second of a training step's convolutions, whole step counted, over those of a large sgemm",
     "epoch": "an epoch with a tenth of the FLOPs over one with all of them, and the share of it spent waiting for data",
     "data": "augmented patches from torchio's own chain over ours",
     "predict": "predict.py with a tenth of the FLOPs over all of them; our way to predict over a loop of one patch at "
@@ -88,6 +89,22 @@ def step(args: argparse.Namespace) -> None:
     parts.show_ratios(seconds, "Sauron / nnUNet", "literal Sauron / nnUNet")
     parts.show_ratios(seconds, "convolutions alone / nnUNet", "convolutions alone / Sauron")
     parts.show_ms("Sauron", seconds["Sauron"])
+
+
+def rate(args: argparse.Namespace) -> None:
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py
+    batch, model = parts.made_up_batch(args), parts.build(nnUNet, args)
+    multiply, matrix_flops = parts.multiplication(args.matrix, args.device)
+    flops = {"a step": parts.step_flops(model, batch[0]), "sgemm": matrix_flops}
+    sides = {"a step": parts.training_step(model, DS_CrossEntropyDiceLoss(), *batch), "sgemm": multiply}
+    sides = {name: parts.timed(side, args.device) for name, side in sides.items()}
+    seconds = parts.interleave(sides, args.repeats, warm_up=1)
+    rates = {name: [flops[name] / 1e9 / s for s in times] for name, times in seconds.items()}
+    parts.show_ratios(rates, "a step / sgemm")  # of FLOPs per second: the share of sgemm's rate
+    for name, values in rates.items():
+        parts.show(f"{name}, GFLOPs per second", values)
+    parts.show_ms("a step", seconds["a step"])
 
 
 def epoch(args: argparse.Namespace) -> None:
@@ -269,12 +286,14 @@ FLAGS = {  # those of train.py among them
     "images": {"type": POSITIVE, "help": "of the test set"},
     "label": {"type": Path, "help": "a label file; None: one of the phantom's"},
     "no_medpy": {"action": "store_true", "help": "it takes minutes, and gigabytes"},
+    "matrix": {"type": POSITIVE, "help": "rows and columns of the matrices that sgemm multiplies"},
     "steps": {"type": POSITIVE, "help": "that a process times"},
 }
 SMALL = {"patch_size": (96, 96), "fms_init": 16, "levels": 5, "batch_size": 6}
 LARGE = {"patch_size": (128, 128), "fms_init": 32, "levels": 5, "batch_size": 10}
 COMMANDS = {  # their flags with the defaults, beside those of all
     step: {"repeats": 10, **SMALL},
+    rate: {"repeats": 10, **SMALL, "matrix": 2048},
     epoch: {"repeats": 3, **LARGE, "batches": None, "num_workers": 1},
     data: {"repeats": 5, "volumes": 10},
     predict: {"repeats": 3, "fms_init": 16, "levels": 5, "images": 1},

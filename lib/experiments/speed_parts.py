@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import conv_flop_count
 
 from lib.checkpoint import save_model
 from lib.data import DATASETS
@@ -137,6 +138,21 @@ def training_step(model: nnUNet, criterion: nn.Module, images: Tensor, labels: T
         optimizer.step()
 
     return run
+
+
+def step_flops(model: nnUNet, images: Tensor) -> int:
+    """FLOPs of the convolutions of a training step: forward, and as many for the gradients of the maps and for those of
+    the weights. The image needs no gradient."""
+    size = tuple(images.shape[2:])
+    first = conv_flop_count((1, *images.shape[1:]), model.blocks()[0].conv.weight.shape, (1, 1, *size))
+    return len(images) * (3 * summary(model, size)["flops"] - first)
+
+
+def multiplication(n: int, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A multiplication of two n x n matrices of float32, and its FLOPs."""
+    torch.manual_seed(2)
+    a, b = torch.randn(2, n, n, device=device)
+    return lambda: torch.mm(a, b), 2 * n**3
 
 
 class Watched:
