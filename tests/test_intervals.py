@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from lib.experiments.intervals import (
@@ -113,3 +115,40 @@ def test_it_covers_the_truth_as_often_as_it_says():
         found = two_level(trainings, list(range(30)))
         n_covered += found["low"] <= 0 <= found["high"]
     assert n_covered >= 35
+
+
+TRAININGS = st.lists(  # (values by case, fold) of each
+    st.tuples(st.dictionaries(st.integers(0, 5), st.floats(-1, 1, width=16), min_size=1), st.sampled_from("01")),
+    min_size=1,
+    max_size=4,
+)
+quick = settings(max_examples=40, deadline=None)
+
+
+def interval(trainings, change=lambda value: value, name=lambda case: case):
+    """`two_level` of values that are changed, of cases that are named otherwise."""
+    values = [{name(case): change(value) for case, value in cases.items()} for cases, _ in trainings]
+    found = two_level(values, [fold for _, fold in trainings])
+    return [found["mean"], found["low"], found["high"], found["t"]["low"], found["t"]["high"]]
+
+
+def near(expected):
+    return [pytest.approx(value, abs=1e-9) if value is not None else None for value in expected]
+
+
+@quick
+@given(TRAININGS)
+def test_properties_of_all_intervals(trainings):
+    """What is added to every value is added to all; values of the other sign mirror it; names of cases do not matter.
+    The bootstrap does not leave the range of the values, and the order of the trainings leaves mean and Student's."""
+    mean, low, high, t_low, t_high = found = interval(trainings)
+    assert interval(trainings, lambda value: value + 2) == near([v if v is None else v + 2 for v in found])
+    mirrored = [v if v is None else -v for v in (mean, high, low, t_high, t_low)]
+    assert interval(trainings, lambda value: -value) == near(mirrored)
+    assert interval(trainings, name=str) == near(found)
+    assert interval(trainings, lambda _: 0) == [0, *(end if end is None else 0 for end in found[1:])]
+    other = interval(trainings[::-1])
+    assert [other[i] for i in (0, 3, 4)] == near([mean, t_low, t_high])
+    values = [value for cases, _ in trainings for value in cases.values()]
+    if low is not None:
+        assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9

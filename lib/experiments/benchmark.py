@@ -1,10 +1,10 @@
 """The paper's benchmark (section 4.1) as one command: `python -m lib.experiments.benchmark --data phantom`.
 
 For every seed it trains, predicts and evaluates the rows that are asked for. Then it times all networks and writes
-table.md, table.json and a figure. The same command continues where it was interrupted. All of it runs in this process,
-through the `main` of the three scripts: every training seeds itself, so the rows leave no trace in one another's
-random states, and torch is imported once instead of fifteen times a seed. With --jobs, trainings run in processes of
-their own beside one another.
+table.md, table.json, runs.json and figures. The same command continues where it was interrupted. All of it runs in this
+process, through the `main` of the three scripts: every training seeds itself, so the rows leave no trace in one
+another's random states, and torch is imported once instead of fifteen times a seed. With --jobs, trainings run in
+processes of their own beside one another.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from lib.evaluation import RESERVED
 from lib.experiments import benchmark_networks as networks
 from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
-from lib.experiments.benchmark_table import make_row, paired_differences, write_table
-from lib.experiments.intervals import mean_difference
+from lib.experiments.benchmark_runs import write_runs
+from lib.experiments.benchmark_table import make_row, over_seeds, paired_differences, write_table
 from lib.experiments.patch_time import patch_milliseconds
 from lib.inference import Predictor
 from lib.models import load_model
@@ -57,9 +57,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m lib.experiments.benchmark",
         usage="%(prog)s --data D [--rows ROW ...] [--seeds 1 2 3] [--folds 0 1 2] [--epochs N] [--budgets 20%% 50%%] "
         "[--jobs N] [--output FOLDER] [-- flags of train.py]",
-        description="Train, predict and evaluate Sauron, its baselines and nnUNet; one table as Markdown and JSON, and "
-        "a figure of Dice against FLOPs. What is finished in the folder is never trained again, and is in the table: "
-        "the same command with another --device after -- times all of it there.",
+        description="Train, predict and evaluate Sauron, its baselines and nnUNet; one table as Markdown and JSON, "
+        "and figures of Dice against FLOPs and by epoch. What is finished in the folder is never trained again, and is "
+        "in the table: the same command with another --device after -- times all of it there.",
     )
     add = parser.add_argument
     known = ", ".join(DATASETS)
@@ -301,14 +301,15 @@ def make_rows(plan: Plan, volumes: list[np.ndarray]) -> dict[str, dict]:
     for task, times in zip(tasks, patch_milliseconds(models, plan.data.patch_size), strict=True):
         sizes[task] |= {f"{runtime}_ms": ms for runtime, ms in times.items()}
     rows, dataset = {}, plan.data.dataset
+    folds = {task.seed: Settings.read(task.run()[0])[0].fold for task in tasks}
     for key, seeds in found.items():
         own = [plan.task(key, seed) for seed in seeds]
-        row = make_row(row_of(key).title, results[key], [sizes[t] for t in own], results[REFERENCE], dataset)
+        row = make_row(row_of(key).title, results[key], [sizes[t] for t in own], results[REFERENCE], dataset, folds)
         row["trained_on"] = [trained_on(task) for task in own]
         sauron = "@".join([SAURON, *key.split("@")[1:]])
         if sauron in found and key not in (sauron, REFERENCE):
             differences = paired_differences(results[sauron], results[key], dataset.case_of)
-            row["sauron_minus_this"] = mean_difference(differences)
+            row["sauron_minus_this"] = over_seeds(differences, folds)
         rows[key] = row
     return rows
 
@@ -340,6 +341,7 @@ def run_plan(plan: Plan, jobs: int) -> None:
     about |= {"data": dataset.name, "partitions": plan.partitions, "seeds": plan.seeds}
     about |= {"inference_on": said["place"], "subjects": len(images), "settings": plan.settings.as_dict()}
     write_table(plan.output, rows, said, about)
+    write_runs(plan.output, rows, dataset)
 
 
 def benchmark(args: argparse.Namespace) -> None:

@@ -1,18 +1,23 @@
-"""The statistics of the benchmark, its table as Markdown and JSON, and its figure. Patients are what is compared."""
+"""The statistics of the benchmark, and its table as Markdown and JSON. Patients are compared, seed by seed."""
 
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib
 from scipy.stats import wilcoxon
 
 from lib.data.BaseDataset import BaseDataset
-from lib.evaluation import RESERVED
-from lib.experiments.benchmark_rows import NOTES, REFERENCE, ROWS, kind_of
-from lib.experiments.figures import COLOURS, STYLE, new_figure, save_figure
-from lib.experiments.intervals import format_difference, mean_difference
+from lib.evaluation import RESERVED, mean_foreground
+from lib.experiments.benchmark_rows import NOTES, REFERENCE, kind_of
+from lib.experiments.intervals import (
+    LEVEL,
+    N_RESAMPLES,
+    case_differences,
+    case_means,
+    format_difference,
+    two_level,
+)
 from lib.system.files import write_json, write_text
 
 INFERENCE_NOTE = (
@@ -33,30 +38,34 @@ def spread(values) -> dict[str, float | None]:
     return {"mean": fmean(known) if known else None, "sd": stdev(known) if len(known) > 1 else None}
 
 
-def subject_dice(results: list[dict]) -> dict[str, float | None]:
-    """{subject: mean Dice over the foreground classes that have one, averaged over the results, by seed, that have the
-    subject}: with folds, each seed has its own."""
-    subjects = dict.fromkeys(subject for seed in results for subject in seed if subject not in RESERVED)
-    means = {s: [spread(seed[s]["dice"][1:])["mean"] for seed in results if s in seed] for s in subjects}
-    return {subject: spread(values)["mean"] for subject, values in means.items()}
+def patient_dice(results: dict, patient_of: Callable) -> dict[int | str, float]:
+    """{patient: mean over its images of the mean Dice over the foreground classes that have one}, of the results of one
+    seed; `patient_of` tells the patient of an image."""
+    images = {image: mean_foreground(found["dice"]) for image, found in results.items() if image not in RESERVED}
+    return case_means(images, patient_of)
 
 
-def patient_dice(results: list[dict], patient_of: Callable) -> dict[int | str, float]:
-    """{patient: mean Dice of its images, as `subject_dice`}; `patient_of` tells the patient of a subject."""
-    patients: dict[int | str, list[float]] = {}
-    for subject, dice in subject_dice(results).items():
-        if dice is not None:
-            patients.setdefault(patient_of(subject), []).append(dice)
-    return {patient: fmean(values) for patient, values in patients.items()}
+def paired_differences(
+    results: dict[int, dict], reference: dict[int, dict], patient_of: Callable
+) -> dict[int, dict[int | str, float]]:
+    """{seed: {patient: by how much its Dice is larger in `results`}}: both are by seed, and their common seeds and
+    patients count."""
+    return {
+        seed: case_differences(patient_dice(found, patient_of), patient_dice(reference[seed], patient_of))
+        for seed, found in results.items()
+        if seed in reference
+    }
 
 
-def paired_differences(results: dict[int, dict], reference: dict[int, dict], patient_of: Callable) -> list[float]:
-    """By how much the Dice of each patient is larger in `results`: both are by seed, and their common seeds count."""
-    seeds = [seed for seed in results if seed in reference]
-    if not seeds:
-        return []
-    ours, theirs = (patient_dice([side[seed] for seed in seeds], patient_of) for side in (results, reference))
-    return [ours[patient] - theirs[patient] for patient in ours if patient in theirs]
+def over_seeds(by_seed: dict[int, dict[int | str, float]], folds: dict[int, str | None]) -> dict:
+    """`two_level` of values by patient of each seed; `folds` has that of each seed, and maybe more."""
+    return two_level([*by_seed.values()], [folds[seed] for seed in by_seed])
+
+
+def patient_means(by_seed: dict[int, dict[int | str, float]]) -> list[float]:
+    """Of each patient the mean over the seeds that have it."""
+    patients = dict.fromkeys(patient for values in by_seed.values() for patient in values)
+    return [fmean(values[patient] for values in by_seed.values() if patient in values) for patient in patients]
 
 
 def wilcoxon_p(differences: list[float]) -> float | None:
@@ -65,10 +74,16 @@ def wilcoxon_p(differences: list[float]) -> float | None:
 
 
 def make_row(
-    title: str, results: dict[int, dict], sizes: list[dict], reference: dict[int, dict], dataset: BaseDataset
+    title: str,
+    results: dict[int, dict],
+    sizes: list[dict],
+    reference: dict[int, dict],
+    dataset: BaseDataset,
+    folds: dict[int, str | None],
 ) -> dict:
     """One row of the table, JSON-able: the `results` of evaluate.py by seed, and in the order of the seeds `sizes`
-    (parameters, flops, ...); `reference` holds the results, by seed, that the row is compared with."""
+    (parameters, flops, ...); `reference` holds the results, by seed, that the row is compared with, and `folds` what
+    each seed was validated on: None or the same fold where all seeds have the same patients."""
     row: dict = {"row": title, "seeds": list(results)}
     row["by_seed"] = {key: [seed[key] for seed in sizes] for key in sizes[0]}
     row |= {key: spread(values) for key, values in row["by_seed"].items()}
@@ -77,8 +92,11 @@ def make_row(
         by_class = zip(dataset.class_names[1:], zip(*averages, strict=True), strict=True)
         row[metric] = {name: spread(values) for name, values in by_class}
         row[metric]["mean foreground"] = spread(spread(values)["mean"] for values in averages)
+    by_patient = {seed: patient_dice(found, dataset.case_of) for seed, found in results.items()}
+    row["dice_by_patient"] = over_seeds(by_patient, folds)
+    row["dice_by_patient"]["by_training"] = [spread(values.values())["mean"] for values in by_patient.values()]
     differences = paired_differences(results, reference, dataset.case_of)
-    return row | {"wilcoxon_p": wilcoxon_p(differences), "difference": mean_difference(differences)}
+    return row | {"wilcoxon_p": wilcoxon_p(patient_means(differences)), "difference": over_seeds(differences, folds)}
 
 
 def format_table(rows: list[dict], reference: dict) -> str:
@@ -103,14 +121,16 @@ def format_table(rows: list[dict], reference: dict) -> str:
         line += [cell(row["bytes"], 2, 1e6)]
         line += [cell(row["training_seconds"], 1, 60), cell(row["inference_seconds"], 3)]
         p = row["wilcoxon_p"]
-        line += ["-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", format_difference(row["difference"])]
+        found = row["difference"]
+        one_seed = " (one seed)" if found["n"] == 1 and found["low"] is not None else ""
+        line += ["-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}", format_difference(found) + one_seed]
         lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def format_notes(rows: dict[str, dict], about: dict) -> list[str]:
     """What stands below the table: how each row was made, and where; `about` fills the notes' gaps."""
-    about = about | {"reference": rows[REFERENCE]["row"]}
+    about = about | {"reference": rows[REFERENCE]["row"], "level": LEVEL, "resamples": N_RESAMPLES}
     notes = [note.format(**about) for kind, note in NOTES.items() if kind in ("", *map(kind_of, rows))]
     places: dict[str, list[str]] = {}
     for row in rows.values():
@@ -125,43 +145,29 @@ def format_notes(rows: dict[str, dict], about: dict) -> list[str]:
     measured = [key for key in MS if key in rows[REFERENCE]]
     openvino = ", in OpenVINO on its CPU" if "openvino_ms" in measured else ""
     notes += [PATCH_NOTE.format(openvino=openvino, **about)] if measured else []
-    for row in rows.values():
+    for key, row in rows.items():
+        if key != REFERENCE and row["difference"]["n"] > 1:
+            notes.append(f"{row['row']} minus {about['reference']}: {describe(row['difference'])}")
         if found := row.get("sauron_minus_this"):
-            notes.append(f"Sauron minus {row['row']}: {format_difference(found)}, {found['n']} patients")
+            notes.append(f"Sauron minus {row['row']}: {describe(found)}")
     return notes
 
 
-def draw(rows: dict[str, dict], path: Path) -> None:
-    """The mean foreground Dice against the share of the FLOPs that is left: a large mark for each row, small ones for
-    its seeds, a line through the rows of one kind, and a dashed one at the reference."""
-    reference, others = rows[REFERENCE], [kind for kind in ROWS if kind != REFERENCE]
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(6.4, 4)
-        axes = figure.add_subplot()
-        level = reference["dice"]["mean foreground"]["mean"]
-        axes.axhline(level, color="black", linestyle="--", linewidth=1, label=ROWS[REFERENCE].label)
-        axes.axhspan(level - 0.01, level, color="black", alpha=0.08, linewidth=0, label="0.01 below it")
-        for kind, colour, marker in zip(others, COLOURS, "o^vsDP", strict=True):
-            points, name = [], ROWS[kind].label
-            for row in (row for key, row in rows.items() if kind_of(key) == kind):
-                share = 100 * row["flops"]["mean"] / reference["flops"]["mean"]
-                points.append((share, row["dice"]["mean foreground"]["mean"]))
-                seeds = [fmean(dice) for dice in row["by_seed"]["dice"] if None not in dice]
-                axes.plot([share] * len(seeds), seeds, marker, color=colour, markersize=3, alpha=0.6)
-            if points:
-                axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, markersize=8, label=name)
-        axes.set(xlabel="FLOPs left, %", ylabel="mean foreground Dice", title="Dice against FLOPs", xlim=(0, 100))
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        save_figure(figure, path, dpi=150)
+def describe(found: dict) -> str:
+    """A difference of `two_level` in words; with several seeds, Student's interval over their means, too."""
+    seeds = "one seed" if found["n"] == 1 else f"{found['n']} seeds"
+    text = f"{format_difference(found)}, {found['cases']} patients, {seeds}"
+    t = found["t"]
+    if t["low"] is None:
+        return text
+    return f"{text}; Student's t over the seeds' means: [{t['low']:+.3f}, {t['high']:+.3f}]"
 
 
 def write_table(output: Path, rows: dict[str, dict], about: dict, facts: dict) -> None:
-    """table.md, table.json (`facts` and the rows) and dice_flops.png."""
+    """table.md and table.json (`facts` and the rows)."""
     write_json(output / "table.json", facts | {"rows": list(rows.values())})
     wrapped = {"width": 120, "initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
     notes = [textwrap.fill(note.strip(), **wrapped) for note in format_notes(rows, about)]
     text = f"{format_table(list(rows.values()), rows[REFERENCE])}\n" + "".join(f"{note}\n" for note in notes)
     write_text(output / "table.md", text)
-    draw(rows, output / "dice_flops.png")
-    print(f"{text}\nwritten: table.md, table.json and dice_flops.png in {output}")
+    print(f"{text}\nwritten: table.md and table.json in {output}")

@@ -76,7 +76,7 @@ def keep_run(
             if ours != theirs:
                 raise InputError(f"--first {first}: its {what} is {theirs}, not {ours}; name the run that was pruned")
         seed = before.settings.seed_train if seed is None else seed
-        history = _joined(before.history, history)
+        history = joined(before.history, history)
     known = [value for value in history["seconds"] if value is not None]
     if len(known) < len(history["seconds"]):
         raise InputError(f"{folder}: the seconds of some epochs are not known (history.json)")
@@ -93,7 +93,7 @@ def keep_run(
         "commands": [command for one in (before, run) if one for command in commands(one)],
         "config": _config(run),
         "size": {key: [run.unpruned[key], run.history[key][-1]] for key in SIZES},
-        "history": {key: _rounded(history[key], digits) for key, digits in HISTORY.items() if _is_known(history, key)},
+        "history": {key: rounded(history[key], digits) for key, digits in HISTORY.items() if _is_known(history, key)},
         "validation": _validation(run.validation),
     }
 
@@ -199,10 +199,10 @@ def without_paths(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # a quote that does not end
         words = command.split()
-    return shlex.join(map(_last_part, words))
+    return shlex.join(map(last_part, words))
 
 
-def _last_part(word: str) -> str:
+def last_part(word: str) -> str:
     flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + (re.split(r"[/\\]", value.rstrip("/\\"))[-1] if PATH.match(value) else value)
 
@@ -218,11 +218,11 @@ def _config(run: Run) -> dict:
     for key, value in run.settings.as_dict().items():
         unused = groups[key] == "pruning" and not run.settings.prunes and key != "max_flops"
         if value is not None and key not in OF_A_MACHINE and not unused:
-            kept[key] = _last_part(value) if isinstance(value, str) else value
+            kept[key] = last_part(value) if isinstance(value, str) else value
     return kept | {key: run.facts[key] for key in ("versions", "machine", "git_revision") if run.facts.get(key)}
 
 
-def _joined(first: Mapping[str, list], second: Mapping[str, list]) -> dict[str, list]:
+def joined(first: Mapping[str, list], second: Mapping[str, list]) -> dict[str, list]:
     """One history of two trainings, the epochs counted on; what only one of them has is left out."""
     joined = {key: [*first[key], *second[key]] for key in first if key in second}
     last = first["epoch"][-1]
@@ -246,13 +246,13 @@ def _validation(found: dict) -> dict:
 
 def _foreground(metrics: Mapping[str, list]) -> dict[str, list]:
     """The metrics that are kept, without the background."""
-    return {metric: _rounded(metrics[metric][1:], 5) for metric in METRICS}
+    return {metric: rounded(metrics[metric][1:], 5) for metric in METRICS}
 
 
-def _rounded(value: Any, digits: int) -> Any:
+def rounded(value: Any, digits: int) -> Any:
     """Numbers of so many significant digits, in lists of any depth; whole ones and None as they are."""
     if isinstance(value, list):
-        return [_rounded(item, digits) for item in value]
+        return [rounded(item, digits) for item in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
