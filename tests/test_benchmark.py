@@ -16,6 +16,7 @@ from lib import checkpoint
 from lib.data import DATASETS
 from lib.experiments import benchmark
 from lib.experiments import benchmark_networks as networks
+from lib.experiments.intervals import two_level
 from lib.models import load_model, nnUNet
 from lib.models.size import summary
 from lib.system.error import InputError
@@ -113,6 +114,30 @@ def test_the_table_has_every_row(finished):
     assert "4 test images of 2 patients. Every row is trained for 3 epochs in all" in notes
     assert "trained for 1 of the 3 epochs, pruned, and fine-tuned for the other 2" in notes
     assert "Trained on cpu, " in notes and "Inference was timed on cpu, " in notes and "different devices" not in notes
+
+
+@needs_torch_pruning
+def test_every_training_is_kept_without_paths(finished):
+    """What was pruned between two halves has the history of both."""
+    text = (finished.folder / "runs.json").read_text()
+    assert str(finished.folder.parent) not in text and "/" not in text
+    runs = json.loads(text)
+    assert runs["data"] == "phantom" and runs["classes"] == ["background", "RV cavity", "myocardium", "LV cavity"]
+    assert runs["patients"] == {subject: int(subject[7:10]) for subject in runs["patients"]}
+    assert [training["row"] for training in runs["trainings"]] == ROWS
+    table = json.loads((finished.folder / "table.json").read_text())
+    for training, row in zip(runs["trainings"], table["rows"], strict=True):
+        assert (training["seed"], training["fold"]) == (1, None)
+        assert training["flops"] == row["flops"]["mean"] and training["parameters"] == row["parameters"]["mean"]
+        assert training["seconds"] == pytest.approx(row["training_seconds"]["mean"], rel=1e-4)
+        assert training["history"]["epoch"] == [1, 2, 3] and len(training["history"]["val_dice"][2]) == 4
+        assert training["subjects"].keys() == runs["patients"].keys()
+    flags = {training["key"]: training["settings"] for training in runs["trainings"]}
+    assert [flags[key]["imp_fun"] for key in KEYS[:3]] == ["euc_rand", "euc_rand", "random"]
+    assert (flags["sauron-lambda0"]["lambda_"], flags["nnunet-pruned"]["epochs"]) == (0, 2)
+    assert not {"seed_train", "exp_name", "fold", "output", "fms_init"} & set(flags["nnunet"])
+    for name in ("dice_flops.png", "curves.png"):
+        assert (finished.folder / name).stat().st_size > 10_000
 
 
 @needs_torch_pruning
@@ -339,6 +364,11 @@ OWN_FLAGS = [
 ]
 
 
+def mean_dice(training):
+    """{subject: mean Dice of the foreground classes}, where all of them have one."""
+    return {subject: sum(found["dice"][1:]) / len(found["dice"][1:]) for subject, found in training["subjects"].items()}
+
+
 def test_own_data_are_compared_fold_by_fold(tmp_path, capsys):
     """Three trainings at a time, in processes of their own; the second call finds all of them."""
     data = write_raw(tmp_path / "Dataset007_Blobs", n=5, shape=(24, 28, 4), empty=False)
@@ -362,7 +392,19 @@ def test_own_data_are_compared_fold_by_fold(tmp_path, capsys):
     assert len(scores) == table["subjects"] == 2  # one of five in each fold
     found = table["rows"][1]["dice"]["mean foreground"]["mean"]
     assert found == pytest.approx(sum(sum(metrics["dice"][1:]) / 2 for metrics in scores.values()) / 2)
-    assert table["rows"][1]["difference"]["n"] == 2
+    difference = table["rows"][1]["difference"]
+    assert (difference["n"], difference["cases"]) == (2, 2)
+    runs = json.loads((output / "runs.json").read_text())
+    by_key = {(run["key"], run["seed"]): run for run in runs["trainings"]}
+    assert [by_key["nnunet", seed]["fold"] for seed in (1, 2)] == ["0", "1"]
+    again = []
+    for seed in (1, 2):
+        dice = [mean_dice(by_key[key, seed]) for key in ("sauron@60pct", "nnunet")]
+        again.append({runs["patients"][subject]: dice[0][subject] - dice[1][subject] for subject in dice[0]})
+    again = two_level(again, ["0", "1"])
+    for end in ("mean", "low", "high"):
+        assert again[end] == pytest.approx(difference[end], abs=2e-5)
+        assert again["t"][end] == pytest.approx(difference["t"][end], abs=2e-4)
     flops = [row["flops"]["mean"] for row in table["rows"]]
     assert flops[1] == flops[2] < flops[0]
 

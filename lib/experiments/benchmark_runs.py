@@ -21,8 +21,8 @@ DIGITS = 5
 
 def make_runs(output: Path, rows: dict[str, dict]) -> list[dict]:
     """What is kept of each training of the table's `rows` (by key), JSON-able, without paths of the machine. "settings"
-    are those in which the trainings differ, beside seed and fold. Scores are of the classes without background. What
-    was trained in two halves has the history of both, its epochs counted on."""
+    are those in which the trainings differ, beside seed and fold. Scores, and val_dice of each epoch, have a value per
+    class, the background's first. What was trained in two halves has the history of both, its epochs counted on."""
     trainings, settings = [], []
     for key, row in rows.items():
         for i, seed in enumerate(row["seeds"]):
@@ -44,7 +44,7 @@ def make_runs(output: Path, rows: dict[str, dict]) -> list[dict]:
                     "flops": row["by_seed"]["flops"][i],
                     "history": {name: rounded(history[name], DIGITS) for name in HISTORY if name in history},
                     "subjects": {
-                        subject: {metric: rounded(found[metric][1:], DIGITS) for metric in ("dice", "HD95")}
+                        subject: {metric: rounded(found[metric], DIGITS) for metric in ("dice", "HD95")}
                         for subject, found in results.items()
                         if subject not in RESERVED
                     },
@@ -62,7 +62,7 @@ def write_runs(output: Path, rows: dict[str, dict], dataset: BaseDataset) -> Non
     """runs.json, dice_flops.png, and curves.png where a training was validated; `rows` are the table's, by key."""
     runs = make_runs(output, rows)
     subjects = dict.fromkeys(subject for run in runs for subject in run["subjects"])
-    about = {"data": dataset.name, "classes": list(dataset.class_names[1:])}
+    about = {"data": dataset.name, "classes": list(dataset.class_names)}
     about["patients"] = {subject: dataset.case_of(subject) for subject in subjects}
     write_text(output / "runs.json", format_kept(about | {"trainings": runs}) + "\n")
     draw_dice_flops(rows, f"Dice against FLOPs, {dataset.name}", output / "dice_flops.png")

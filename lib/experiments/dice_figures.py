@@ -13,7 +13,7 @@ from lib.evaluation import mean_foreground
 from lib.experiments.figures import STYLE, new_figure, save_figure
 
 ASIDE = 1.05  # rows of one budget stand side by side: by this factor
-TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
+TICKS = (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100, 200)
 DPI = 150
 WARM_UP = 0.1  # share of the epochs that does not say where the axis of the Dice begins
 Curve = tuple[list[int], list[float]]  # epochs, and the Dice of each
