@@ -18,27 +18,28 @@ def test_instance_norm_and_its_gradient_equal_torchs(shape):
 
 
 @pytest.mark.parametrize(("ours", "torchs"), [(Conv2d, torch.nn.Conv2d), (Conv3d, torch.nn.Conv3d)])
-@pytest.mark.parametrize("filters", [(3, 5), (17, 18), (16, 17)])
+@pytest.mark.parametrize(("filters", "relative"), [((3, 5), 0), ((17, 18), 1e-6), ((16, 17), 1e-6)])
 @pytest.mark.parametrize("n", [1, 2])
-def test_channels_last_compute_the_same(ours, torchs, filters, n):
+def test_channels_last_compute_the_same(ours, torchs, filters, relative, n):
     conv, plain = ours(*filters, 3, stride=2, padding=1), torchs(*filters, 3, stride=2, padding=1)
-    compare(conv, plain, torch.randn(n, filters[0], *(12, 10, 8)[: plain.weight.ndim - 2]))
+    compare(conv, plain, torch.randn(n, filters[0], *(12, 10, 8)[: plain.weight.ndim - 2]), relative)
 
 
-def compare(conv, plain, images):
-    """Values and all gradients."""
+def compare(conv, plain, images, relative=1e-6):
+    """Values and all gradients: to 1e-5, or to `relative` of the largest where that is more (a sum of many rounds)."""
     plain.load_state_dict(conv.state_dict())
     results = []
     for module in (conv, plain):
         x = images.clone().requires_grad_()
         y = module(x)
-        y.square().mean().backward()
+        y.square().sum().backward()
         assert y.is_contiguous() and x.grad.is_contiguous()
         results.append([y, x.grad, module.weight.grad, module.bias.grad])
         with torch.no_grad():
             results[-1].append(module(images))
     for ours, torchs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
+        atol = max(1e-5, relative * torchs.detach().abs().max().item())
+        torch.testing.assert_close(ours, torchs, rtol=1.3e-6, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
