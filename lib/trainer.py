@@ -20,6 +20,8 @@ from lib.system.device import device_of
 from lib.system.error import InputError
 from lib.system.process import check_stopped
 
+FEW_BATCHES = 10  # in an epoch
+
 
 def poly_lr(lr: float, epoch: int, epochs: int) -> float:
     """Learning rate of an epoch counted from 1: lr * (1 - e / epochs)^0.9, e the number of finished epochs."""
@@ -98,7 +100,8 @@ def train_epoch(
             if not share:  # the last batch had less patches than there are ranks: one that does not count
                 images, labels = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (images, labels))
             is_last = i == n_batches - 1
-            loss, delta_prune = step(images, labels, share * distributed.world_size(), prune and is_last, is_last)
+            plain = is_last or n_batches < FEW_BATCHES  # the recording would take longer than it saves
+            loss, delta_prune = step(images, labels, share * distributed.world_size(), prune and is_last, plain)
             total += _finite(state, epoch, loss, share, batch["id"])
             state.optimizer.step()
             bar.set_postfix(loss=f"{total / (i + 1):.4f}", refresh=False)

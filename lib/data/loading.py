@@ -169,7 +169,8 @@ class Loader:
         """The whole volumes of "train", "validation" or "test", as a network sees them: see `Volumes`."""
         self.prepare([partition])
         final_zscore = not self.dataset.preprocessing.normalizations
-        return Volumes([self.entry(id_) for id_ in self.ids[partition]], final_zscore)
+        counts = self.dataset.preprocessing.padding_counts
+        return Volumes([self.entry(id_) for id_ in self.ids[partition]], final_zscore, counts)
 
     def n_train_batches(self) -> int:
         """How many batches `train_batches` yields, the same in every epoch."""

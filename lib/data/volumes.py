@@ -18,10 +18,10 @@ from lib.data.preprocessing import unpadded, zscore
 
 class Volumes(Dataset):
     """A list of tio.Subject: "image" (C, X, Y, Z) float32, z-scored if `final_zscore`, "label" (1, X, Y, Z) if there is
-    one, and "id". The padding of a volume is not z-scored: it is 0."""
+    one, and "id". The padding of a volume is not z-scored, it is 0, but where `padding_counts`."""
 
-    def __init__(self, folders: list[Path], final_zscore: bool = True):
-        self.folders, self.final_zscore = folders, final_zscore
+    def __init__(self, folders: list[Path], final_zscore: bool = True, padding_counts: bool = False):
+        self.folders, self.final_zscore, self.padding_counts = folders, final_zscore, padding_counts
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -30,7 +30,8 @@ class Volumes(Dataset):
         folder = self.folders[index]
         subject = cache.load(folder, "world")
         if self.final_zscore:
-            subject.image.set_data(torch.from_numpy(zscore(subject.image.data.numpy(), cache.padding(folder))))
+            padding = (0,) * 6 if self.padding_counts else cache.padding(folder)
+            subject.image.set_data(torch.from_numpy(zscore(subject.image.data.numpy(), padding)))
         return subject
 
 
@@ -40,7 +41,8 @@ class AugmentedPatches(Dataset):
     These are numpy arrays, which go from process to process through a pipe and need no shared memory. What is random
     at an index follows from its seed. `foreground` says of the patches of each volume which must show foreground, and
     then they lie anywhere in it: see `patches.chosen_starts`. None: as published. A volume is augmented without its
-    padding, which would count in the z-score at the end; then it is padded again, with zeros.
+    padding, which would count in the z-score at the end; then it is padded again, with zeros. Where `padding_counts`
+    (see `Preprocessing`), the padding is a part of the volume.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class AugmentedPatches(Dataset):
     ):
         self.folders, self.patch_size, self.seeds, self.foreground = folders, patch_size, seeds, foreground
         self.n, self.n_classes, self.ignore = dataset.patches_per_volume, dataset.n_classes, dataset.ignore is not None
+        self.padding_counts = dataset.preprocessing.padding_counts
         self.field = tuple(map(max, patch_size, dataset.patch_size))
         if not dataset.preprocessing.normalizations:
             self.augmentation = augmentation(dataset.dim)
@@ -65,7 +68,8 @@ class AugmentedPatches(Dataset):
         return len(self.folders)
 
     def __getitem__(self, index: int) -> dict:
-        subject, padding = cache.load(self.folders[index]), cache.padding(self.folders[index])
+        subject = cache.load(self.folders[index])
+        padding = (0,) * 6 if self.padding_counts else cache.padding(self.folders[index])
         label_type = subject.label.data.dtype
         for image in subject.get_images(intensity_only=False):
             image.affine = np.diag([*image.spacing, 1])  # torchio turns about world axes, we about the array's

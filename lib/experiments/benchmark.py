@@ -12,10 +12,11 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -40,12 +41,12 @@ from lib.models import load_model
 from lib.models.filters import format_filters
 from lib.models.nnUNet import nnUNet
 from lib.models.size import count_filters, summary
-from lib.settings import Settings
+from lib.settings import Settings, fold_argument
 from lib.system.cli import Parser, flops_limit, number, one_of, run_script
 from lib.system.error import InputError
 from lib.system.facts import facts
 from lib.system.files import file_digest, made, write_json, write_text
-from lib.system.process import n_cores
+from lib.system.process import check_stopped, n_cores
 from lib.validation import command as validation_command
 
 OTHER_PATCHES = 10**6  # added to the seed of the second half, which would see the patches of the first one again
@@ -66,7 +67,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, help=f"data set ({known}), or a folder in nnU-Net's raw format (required)")
     add("--seeds", type=number(int, 0), nargs="+", default=[1, 2, 3], help="of the trainings (default: 1 2 3)")
     folds_help = "of own data, one for each seed: every training has a seed and a fold of its own (default: fold 0)"
-    add("--folds", nargs="+", default=[], metavar="FOLD", help=folds_help)
+    add("--folds", type=fold_argument, nargs="+", default=[], metavar="FOLD", help=folds_help)
     add("--epochs", type=number(int, 1), help="of every row (default: the data set's)")
     add(
         "--rows",
@@ -130,28 +131,34 @@ def train_row(plan: Plan, task: Task) -> None:
 
 def train_rows(plan: Plan, tasks: list[Task], jobs: int) -> None:
     """Train rows in `jobs` processes beside one another, each as soon as there is what it needs; what they print goes
-    to logs/NAME.txt. Raises InputError at the end where some have failed; those that need them were left out."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cores() // jobs)))
+    to logs/NAME.txt. A signal stops them all. Raises InputError at the end where some have failed; those that need them
+    were left out."""
     (plan.output / "logs").mkdir(exist_ok=True)
     tasks = [task for task in tasks if task.run()[1] < plan.epochs(task)]
     waiting, running, failed, start = list(tasks), {}, [], time.perf_counter()
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+    try:
         while waiting or running:
-            missing = {*waiting, *running.values(), *failed}
+            check_stopped()
+            missing = {*waiting, *running, *failed}
             for task in [task for task in waiting if missing.isdisjoint(task.needs)][: jobs - len(running)]:
                 waiting.remove(task)
-                running[pool.submit(train_quietly, plan, task)] = task
+                running[task] = started(plan, task, max(1, n_cores() // jobs))
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                error = future.exception()
-                failed += [task] if error else []
-                state = f"failed ({error})" if error else "trained"
+            wait([process.sentinel for process in running.values()], timeout=1)
+            for task in [task for task, process in running.items() if process.exitcode is not None]:
+                code = running.pop(task).exitcode
+                check_stopped()  # a signal to the whole process group ends the trainings, too
+                failed += [task] if code else []
                 left, minutes = len(waiting) + len(running), (time.perf_counter() - start) / 60
-                done = len(tasks) - left
+                done, state = len(tasks) - left, f"failed (exit code {code})" if code else "trained"
                 eta = f"about {left * minutes / done:.0f} min left"
                 print(f"{task.name} {state}; {done} of {len(tasks)} in {minutes:.1f} min, {eta}", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
     if failed:
         names = ", ".join(f"logs/{task.name}.txt" for task in failed)
         raise InputError(
@@ -159,10 +166,22 @@ def train_rows(plan: Plan, tasks: list[Task], jobs: int) -> None:
         )
 
 
+def started(plan: Plan, task: Task, threads: int) -> SpawnProcess:
+    """`train_row` in a process of its own, with so many threads unless OMP_NUM_THREADS says otherwise."""
+    process = get_context("spawn").Process(target=train_quietly, args=(plan, task))
+    given = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        process.start()
+    finally:
+        if not given:
+            del os.environ["OMP_NUM_THREADS"]
+    return process
+
+
 def train_quietly(plan: Plan, task: Task) -> None:
-    """`train_row`, in a process of its own."""
     with open(plan.output / "logs" / f"{task.name}.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        train_row(plan, task)
+        sys.exit(run_script(lambda: train_row(plan, task)))
 
 
 def starting_network(plan: Plan, task: Task) -> list[str]:
@@ -259,7 +278,7 @@ def validated(model: Path) -> dict:
     """What train.py found of a model on whole validation volumes, before any post-processing, as evaluate.py says it.
     Raises InputError where it is not there, or of another model."""
     file = model.parent.parent / "validation.json"
-    found = read_json(file)
+    found = read_json(file) if file.exists() else {}
     if found.get("sha256") != file_digest(model):
         raise InputError(f"{file}: is not of {model.name}; to validate it: {validation_command(model.parent.parent)}")
     return found["before"]["subjects"] | {"average": found["before"]["average"]}

@@ -153,6 +153,8 @@ def folds_by_seed(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[int,
         return {}
     if args.data in DATASETS:
         raise InputError(f"--folds: is for a folder in nnU-Net's raw format; leave it out with {args.data}")
+    if "all" in args.folds:
+        raise InputError("--folds all: leaves no validation set to compare on; give numbers")
     if len(args.folds) != len(seeds):
         raise InputError(f"--folds: give one for each of the {len(seeds)} seeds, not {len(args.folds)}")
     return dict(zip(seeds, args.folds, strict=True))
@@ -227,8 +229,8 @@ def check_runs(plan: Plan) -> None:
         if run is None:
             continue
         settings, reason = Settings.read(run)[0], ""
-        epochs, fold = settings.epochs, plan.folds.get(task.seed, settings.fold)
-        if settings.fold != fold:
+        epochs, fold = settings.epochs, plan.folds.get(task.seed, plan.settings.fold)
+        if task.seed in plan.seeds and settings.fold != fold:
             raise InputError(
                 f"--folds: {folder} was trained on fold {settings.fold}, not {fold}; give it, or another seed"
             )

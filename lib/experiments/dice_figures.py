@@ -88,7 +88,7 @@ def _percent_axis(axes: Axes, shares: Sequence[float]) -> None:
 
 def validation_curve(history: Mapping[str, list]) -> Curve:
     """The epochs that were validated, and their mean foreground Dice."""
-    pairs = zip(history.get("epoch", []), history.get("val_dice", []), strict=True)
+    pairs = zip(history["epoch"], history["val_dice"], strict=True) if "val_dice" in history else ()
     known = [(epoch, mean) for epoch, dice in pairs if (mean := mean_foreground(dice)) is not None]
     return [epoch for epoch, _ in known], [mean for _, mean in known]
 

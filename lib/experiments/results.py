@@ -19,6 +19,7 @@ from lib.system.cli import Parser, flops_limit, number, one_of, run_script
 from lib.system.error import InputError
 from lib.system.files import check_writable, write_json, write_text
 
+NAMES = ("results.md", "results.json", "dice_flops.png")
 ONLY_SCORES = ("data", "fold", "flops", "parameters", "whole_flops", "whole_parameters")
 ONLY_RUNS = ("first",)
 positive = number(float, 0, 1e18, open_low=True)
@@ -95,8 +96,10 @@ def table(args: argparse.Namespace) -> None:
     write_json(output / "results.json", results)
     write_text(output / "results.md", text)
     draw_dice_flops(results, output / "dice_flops.png")
+    (output / "curves.png").unlink(missing_ok=True)  # none is drawn where nothing was validated by epoch
     draw_curves(trainings, output / "curves.png")
-    print(f"{text}\nwritten: results.md, results.json, dice_flops.png and curves.png in {output}")
+    names = [name for name in (*NAMES, "curves.png") if (output / name).exists()]
+    print(f"{text}\nwritten: {', '.join(names)} in {output}")
 
 
 def main(argv: list[str] | None = None) -> int:
