@@ -65,11 +65,12 @@ def test_whole_volumes_come_preprocessed_and_zscored(folder, cache_path):
             assert np.array_equal(subject.image.affine, subject.label.affine)
 
 
+@pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize("early", [False, True])
-def test_training_validation_and_prediction_see_the_same_padded_volume(folder, tmp_path, monkeypatch, early):
+def test_training_validation_and_prediction_see_the_same_padded_volume(folder, tmp_path, monkeypatch, early, counts):
     """A patch as large as the padded volume, which only the z-score at the end of the augmentation changes."""
     whole = (12, 16, 18)
-    preprocessing = replace(Tiny3D.preprocessing, min_size=whole, zscore=early)
+    preprocessing = replace(Tiny3D.preprocessing, min_size=whole, zscore=early, padding_counts=counts)
     dataset = replace(Tiny3D, preprocessing=preprocessing, patch_size=whole)
     monkeypatch.setattr(volumes, "augmentation", lambda dim: tio.Compose([augmentation(dim).transforms[-1]]))
     data = Loader(dataset, folder, tmp_path)
@@ -85,6 +86,7 @@ def test_training_validation_and_prediction_see_the_same_padded_volume(folder, t
         there = preprocess(read_channels(file.images, preprocessing)[0], preprocessing)
         own = unpadded(there.array, there.padding)
         assert there.array.shape == (1, *whole) and own.shape[2] == 14 and own.size < there.array.size
+        own = there.array if counts else own
         assert abs(own.mean()) < 1e-6 and own.std() == pytest.approx(1, abs=1e-5)
         np.testing.assert_allclose(there.array, seen[file.id].image.data, atol=1e-6)
 
