@@ -135,6 +135,7 @@ def test_only_finished_runs_are_kept(copied, tmp_path, capsys, spoil, message):
         ("sauron", [], "is not pruned"),
         ("random", ["--budget", "20%"], "is not pruned"),
         ("nnunetv2", [], "is no run of ours"),
+        ("scratch", [], "--row scratch: needs --budget"),
         ("scratch", ["--budget", "20%"], "has all FLOPs of its network; it is the row unpruned"),
         ("flat", ["--budget", "20%"], "it is the row unpruned"),
         ("unpruned", ["--budget", "20%"], "has no budget"),

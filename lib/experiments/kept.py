@@ -179,12 +179,12 @@ def _check_row(run: Run, row: str, budget: str | None) -> str | None:
         raise InputError(f"--row {row}: {run.folder} is of --model flat; name the row flat")
     if row in WITHOUT_BUDGET and (budget or run.history["flops"][-1] != run.unpruned["flops"]):
         raise InputError(f"--row {row}: has no budget, and all FLOPs of its network; {run.folder} is another row")
-    if row not in (*WITHOUT_BUDGET, "sauron", "random") and run.history["flops"][-1] >= run.unpruned["flops"]:
-        raise InputError(f"--row {row}: {run.folder} has all FLOPs of its network; it is the row unpruned")
     if own and budget and own != budget:
         raise InputError(f"--budget {budget}: {run.folder} has a budget of {own}; leave the flag out")
     if not own and not budget and row not in (*WITHOUT_BUDGET, "sauron"):
         raise InputError(f"--row {row}: needs --budget, that of Sauron which it is compared with")
+    if row in ("scratch", "flat") and run.history["flops"][-1] >= run.unpruned["flops"]:
+        raise InputError(f"--row {row}: {run.folder} has all FLOPs of its network; it is the row unpruned")
     return own or budget
 
 
