@@ -136,4 +136,4 @@ for name in {names}:
 """
     result = shell('$P -OO -c "$1"', code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines().count("ended 0 None") == len(names) == 9
+    assert result.stdout.splitlines().count("ended 0 None") == len(names) == 10
