@@ -49,8 +49,9 @@ def find_dataset(data: str) -> tuple[BaseDataset, Path | None]:
         from lib.settings import Settings
 
         settings = Settings.read(folder)[0]
-        is_own = settings.dataset not in DATASETS.values()
-        return settings.dataset, Path(settings.data_path) if is_own and settings.data_path else None
+        if settings.definition is None:  # its labels are those of every run of this data set
+            return DATASETS[settings.data], None
+        return settings.dataset, Path(settings.data_path) if settings.data_path else None
     if (folder / "dataset.json").is_file():
         from lib.data import raw
 

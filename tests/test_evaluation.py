@@ -14,12 +14,14 @@ from PIL import Image
 import evaluate as script
 import lib.data
 import lib.evaluation
+from lib.data import DATASETS
 from lib.data.BaseDataset import BaseDataset, Preprocessing, SubjectFiles
 from lib.evaluation import (
     Rules,
     empty_truths,
     evaluate,
     evaluate_pair,
+    find_dataset,
     find_own_pairs,
     find_pairs,
     format_table,
@@ -29,6 +31,7 @@ from lib.evaluation import (
 from lib.metric import METRICS, label_metrics
 from lib.settings import Settings
 from lib.system.error import InputError
+from lib.utils import parseArguments
 
 SPACING_MM = (1.5, 1.25, 8.0)
 NAMES = ("background", "RV", "myocardium", "LV")
@@ -578,3 +581,13 @@ def test_what_is_no_data_set_is_refused(tmp_path, folders, data, capsys):
     error = capsys.readouterr().err
     assert f"--data {data}: is no data set" in error and "no folder with dataset.json, and no run folder" in error
     assert ("did you mean acdc?" in error) == (data == "acd")
+
+
+@pytest.mark.parametrize("data", ["kits", "acdc"])
+def test_a_run_of_a_known_data_set_is_no_own_data(tmp_path, data):
+    """Also one of the time when padding counted in the z-score, which its data set remembers."""
+    config = Settings.of(vars(parseArguments(["--data", data]))).as_dict()
+    del config["padding_counts"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Settings.read(tmp_path)[0].padding_counts == (data == "kits")
+    assert find_dataset(str(tmp_path)) == (DATASETS[data], None)
