@@ -135,9 +135,7 @@ class BaseDataset:
     ignore: int | None = None  # the value of voxels in truths that do not count; in memory it is n_classes
     file_ending: str = ".nii.gz"  # of predictions
     find_test: Callable[[Path], list[SubjectFiles]] | None = None  # as `find`, for a test set that lies apart
-    find_truths: Callable[[Path], list[tuple[str, Path]]] | None = (
-        None  # see `truths_in`; None: those that `find` finds
-    )
+    find_truths: Callable[[Path], list[tuple[str, Path]]] | None = None  # see `truths_in`; None: what `find` finds
     folds: tuple[dict[str, tuple[str, ...]], ...] = ()  # ids by "train" and "val"; none: --split divides the cases
     merged_labels: dict[int, int] = field(default_factory=dict)  # other values of truths, and the labels they count as
     licence: str = ""  # under which its images are given

@@ -18,6 +18,7 @@ from lib.experiments.intervals import (
     format_difference,
     two_level,
 )
+from lib.experiments.kept import MS
 from lib.system.files import write_json, write_text
 
 INFERENCE_NOTE = (
@@ -28,7 +29,6 @@ PATCH_NOTE = (
     "ms: a forward pass of one patch, median of several; all networks took turns, with the same threads: in torch on "
     "{place}{openvino}."
 )
-MS = {"torch_ms": "torch, ms", "openvino_ms": "OpenVINO, ms"}  # columns of what was measured
 OTHER_PLACES = "The rows were trained on different devices, or in different precision: their times cannot be compared."
 
 

@@ -42,7 +42,7 @@ HISTORY = {  # what is kept of it, and with how many digits
 }
 METRICS = ("dice", "HD95", "surface_dice")
 SIZES = ("parameters", "flops", "filters")
-MS = ("torch_ms", "openvino_ms")
+MS = {"torch_ms": "torch, ms", "openvino_ms": "OpenVINO, ms"}  # what may be measured, and its column
 LINE = 110  # characters of what stands in one line
 PATH = re.compile(r"/|~|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\")  # how a path that leads out of the checkout begins
 

@@ -19,7 +19,6 @@ from lib.experiments.kept import MS, PEERS, ROWS, WITHOUT_BUDGET, Training, read
 from lib.system.cli import flops_of
 from lib.system.error import InputError
 
-NAMES = {"torch_ms": "torch, ms", "openvino_ms": "OpenVINO, ms"}
 NOTES = (
     "{data}, whole volumes of the validation sets, {when} post-processing; {subjects} subjects of {cases} cases.",
     "A training is a pair of fold and seed, and each weighs the same. Dice and HD95 (mm): means over its cases, then "
@@ -165,7 +164,7 @@ def format_results(results: dict) -> str:
     rows, names = results["rows"], results["classes"]
     runtimes = [key for key in MS if any(row[key] is not None for row in rows)]
     head = ["", "trainings", *(f"Dice {name}" for name in names), "Dice mean", "HD95 mean, mm"]
-    head += ["Dice minus unpruned", "t", "FLOPs", "parameters", "training, min", *map(NAMES.get, runtimes)]
+    head += ["Dice minus unpruned", "t", "FLOPs", "parameters", "training, min", *map(MS.get, runtimes)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows:
         n = len(row["trainings"])
