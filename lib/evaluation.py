@@ -118,14 +118,7 @@ class Pairs(NamedTuple):
         return lines
 
 
-def truths_of_all(folder: Path) -> list[tuple[str, Path]]:
-    """As `BaseDataset.truths_in`, in the layouts of all built-in data sets."""
-    return [*dict.fromkeys(truth for dataset in DATASETS.values() for truth in dataset.truths_in(folder))]
-
-
-def find_pairs(
-    predictions: Path, truths: Path, truths_in: Callable[[Path], list[tuple[str, Path]]] = truths_of_all
-) -> Pairs:
+def find_pairs(predictions: Path, truths: Path, truths_in: Callable[[Path], list[tuple[str, Path]]]) -> Pairs:
     """The predictions `<subject>.nii.gz` (or .nii) in a folder, each with its ground truth.
 
     `<subject>_probabilities` is no prediction of labels and is passed over; so is `<subject>_gt`. The ground truth is

@@ -284,7 +284,7 @@ class Settings(Options):
         "budget: prune until this share of the unpruned network's FLOPs (20%), or this number (2G), is left; none: by "
         "the paper's rule; for a flat network: have so many from the start",
         _budget,
-        shown="{chosen}",
+        shown="{chosen}; none with another --model, --no_prune or --max_ms",
         type=flops_limit,
         metavar="LIMIT",
     )
@@ -470,6 +470,9 @@ class Settings(Options):
             flag = "--max_ms" if self.max_ms else "--max_flops"
             what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
+        if self.width_multiple > 1 and not self.prunes and self.model != "flat":
+            what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
+            raise InputError(f"--width_multiple {self.width_multiple}: no width is chosen with {what}; leave it out")
         if self.model == "flat" and (self.in_filters or self.out_filters):
             flag = "--out_filters" if self.out_filters else "--in_filters"
             raise InputError(f"{flag}: --model flat has one width in every block; leave one of them out")

@@ -213,16 +213,16 @@ def trial_step(
     model: nn.Module, criterion: nn.Module, batch_size: int, patch_size: tuple[int, ...]
 ) -> Callable[[bool], None]:
     """What takes the time of a training step, of a copy of the model on a made-up batch (the part of this
-    rank): the function takes `amp`, and changes nothing that a training uses."""
+    rank): the function takes `amp`, and changes nothing that a training uses. Its first call records (see `Step`)."""
     model, share = copy.deepcopy(model).train(), distributed.share(batch_size)
     shape = (share.stop - share.start, model.modalities, *patch_size)
     device = device_of(model)
     images = torch.randn(shape, generator=torch.Generator()).to(device)
     labels = (images[:, 0] > 0).long()
+    steps = {amp: Step(model, criterion, amp) for amp in (False, True)}
 
     def step(amp: bool) -> None:
-        loss, _ = compute_loss(model, criterion, images, labels, amp=amp)
-        loss.backward()
+        steps[amp](images, labels)
         model.zero_grad(set_to_none=True)
 
     return step

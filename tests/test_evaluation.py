@@ -37,6 +37,9 @@ SPACING_MM = (1.5, 1.25, 8.0)
 NAMES = ("background", "RV", "myocardium", "LV")
 
 
+ACDC, KITS = (lib.data.DATASETS[name].truths_in for name in ("acdc", "kits"))
+
+
 def write(path, labels, spacing_mm=SPACING_MM, dtype=np.uint8):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(np.asarray(labels, dtype), np.diag([*spacing_mm, 1.0]))
@@ -71,31 +74,34 @@ def heart(moved=0, classes=(1, 2, 3)):
 def test_ground_truth_is_found_in_every_layout(tmp_path, subject, truth):
     prediction = write(tmp_path / "pred" / f"{subject}.nii.gz", heart())
     write(tmp_path / "pred" / f"{subject}_probabilities.nii.gz", heart())
-    write(tmp_path / "gt" / "patient003" / "patient003_frame01_gt.nii.gz", heart())  # without a prediction
+    for name in ("patient003/patient003_frame01_gt", "case_00003/segmentation"):
+        write(tmp_path / "gt" / f"{name}.nii.gz", heart())  # without a prediction
     expected = write(tmp_path / "gt" / truth, heart())
-    found = find_pairs(tmp_path / "pred", tmp_path / "gt")
-    assert found.pairs == {subject: (prediction, expected)} and found.alone == ["patient003_frame01"]
+    found = find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC if "patient" in truth else KITS)
+    assert found.pairs == {subject: (prediction, expected)}
+    assert found.alone == ["patient003_frame01" if "patient" in truth else "case_00003"]
 
 
 def test_ground_truth_is_not_the_image_beside_it_nor_the_prediction(tmp_path):
     prediction = write(tmp_path / "pred" / "patient002_frame01.nii.gz", heart())
     for name in ("patient002_frame01.nii.gz", "patient002_frame01_gt.nii.gz"):
         write(tmp_path / "gt" / name, heart())
-    assert find_pairs(tmp_path / "pred", tmp_path / "gt").pairs["patient002_frame01"][1].name.endswith("_gt.nii.gz")
+    found = find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
+    assert found.pairs["patient002_frame01"][1].name.endswith("_gt.nii.gz")
     with pytest.raises(InputError, match="no ground truth"):
-        find_pairs(prediction.parent, prediction.parent)
+        find_pairs(prediction.parent, prediction.parent, ACDC)
 
 
 def test_truths_among_the_predictions_are_left_out(tmp_path):
     for name in ("a", "a_gt", "b_GT"):
         write(tmp_path / "pred" / f"{name}.nii.gz", heart())
     write(tmp_path / "gt" / "a_gt.nii.gz", heart())
-    found = find_pairs(tmp_path / "pred", tmp_path / "gt")
+    found = find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
     assert list(found.pairs) == ["a"] and len(found.left_out) == 2 and found.alone == []
     assert found.notes() == ["left out: 2 files *_gt, which are ground truths by their names"]
     (tmp_path / "pred" / "a.nii.gz").unlink()
     with pytest.raises(InputError, match="no predictions"):
-        find_pairs(tmp_path / "pred", tmp_path / "gt")
+        find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +121,7 @@ def test_two_files_that_claim_to_be_one_thing_are_refused(tmp_path, pred, gt, na
         for name in names:
             write(tmp_path / folder / name, heart())
     with pytest.raises(InputError, match=f"^{named}.*: both .* and .* are there"):
-        find_pairs(tmp_path / "pred", tmp_path / "gt")
+        find_pairs(tmp_path / "pred", tmp_path / "gt", KITS if "case" in named else ACDC)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,8 @@ def test_truths_without_a_prediction_are_counted_and_named(tmp_path, truths):
     write(tmp_path / "pred" / "a.nii.gz", heart())
     for name in truths:
         write(tmp_path / "gt" / name, heart())
-    assert find_pairs(tmp_path / "pred", tmp_path / "gt").notes() == [
+    layout = KITS if "segmentation" in truths[0] else ACDC
+    assert find_pairs(tmp_path / "pred", tmp_path / "gt", layout).notes() == [
         "2 of 3 ground truths have no prediction and do not count: b, c"
     ]
 
@@ -180,10 +187,9 @@ def test_another_data_sets_layout_is_none_of_a_users_data_set(tmp_path):
 def test_a_built_in_data_set_looks_in_its_own_layout_alone(tmp_path):
     write(tmp_path / "pred" / "case_00010.nii.gz", heart())
     truth = write(tmp_path / "gt" / "data" / "case_00010" / "segmentation.nii.gz", heart())  # without its image
-    kits, acdc = (lib.data.DATASETS[name].truths_in for name in ("kits", "acdc"))
-    assert find_pairs(tmp_path / "pred", tmp_path / "gt", kits).pairs["case_00010"][1] == truth
+    assert find_pairs(tmp_path / "pred", tmp_path / "gt", KITS).pairs["case_00010"][1] == truth
     with pytest.raises(InputError, match="no ground truth"):
-        find_pairs(tmp_path / "pred", tmp_path / "gt", acdc)
+        find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
 
 
 def test_a_table_says_where_truths_of_own_data_are(tmp_path):
@@ -222,18 +228,18 @@ def test_the_order_of_the_axes_does_not_matter(tmp_path):
 def test_pairs_that_cannot_be_made(tmp_path):
     (tmp_path / "gt").mkdir()
     with pytest.raises(InputError, match="--pred .*no such folder"):
-        find_pairs(tmp_path / "nowhere", tmp_path / "gt")
+        find_pairs(tmp_path / "nowhere", tmp_path / "gt", ACDC)
     (tmp_path / "pred").mkdir()
     with pytest.raises(InputError, match="--pred .*predict first"):
-        find_pairs(tmp_path / "pred", tmp_path / "gt")
+        find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
     write(tmp_path / "pred" / "patient002_frame01.nii.gz", heart())
     with pytest.raises(InputError, match="patient002_frame01.nii.gz: no ground truth"):
-        find_pairs(tmp_path / "pred", tmp_path / "gt")
+        find_pairs(tmp_path / "pred", tmp_path / "gt", ACDC)
     with pytest.raises(InputError, match="--gt .*no such folder"):
-        find_pairs(tmp_path / "pred", tmp_path / "nowhere")
+        find_pairs(tmp_path / "pred", tmp_path / "nowhere", ACDC)
     write(tmp_path / "other" / "average.nii.gz", heart())
     with pytest.raises(InputError, match="rename the file"):
-        find_pairs(tmp_path / "other", tmp_path / "gt")
+        find_pairs(tmp_path / "other", tmp_path / "gt", ACDC)
 
 
 def test_a_pair_must_share_its_grid(tmp_path):
@@ -257,7 +263,7 @@ def folders(tmp_path):
 
 
 def test_averages_are_over_the_values_that_exist(folders):
-    results = evaluate(find_pairs(folders / "pred", folders / "gt").pairs, Rules(4))
+    results = evaluate(find_pairs(folders / "pred", folders / "gt", ACDC).pairs, Rules(4))
     assert list(results) == ["patient001_frame01", "patient001_frame12", "patient002_frame01", "average", "n"]
     assert all(tuple(entry) == METRICS and all(len(v) == 4 for v in entry.values()) for entry in results.values())
     assert results["patient001_frame01"] == label_metrics(heart(1), heart(), SPACING_MM, 4)
@@ -270,14 +276,14 @@ def test_averages_are_over_the_values_that_exist(folders):
 
 
 def test_processes_give_the_same_as_one_and_hand_on_errors(folders):
-    pairs = find_pairs(folders / "pred", folders / "gt").pairs
+    pairs = find_pairs(folders / "pred", folders / "gt", ACDC).pairs
     assert evaluate(pairs, Rules(4), num_workers=2) == evaluate(pairs, Rules(4))
     with pytest.raises(InputError, match="whole numbers 0 to 2"):
         evaluate(pairs, Rules(3), num_workers=2)
 
 
 def test_table(folders):
-    results = evaluate(find_pairs(folders / "pred", folders / "gt").pairs, Rules(4))
+    results = evaluate(find_pairs(folders / "pred", folders / "gt", ACDC).pairs, Rules(4))
     plain = format_table(results, NAMES).splitlines()
     assert plain[2].split()[:4] == ["RV", "0.4667", "(", "3)"]
     assert plain[5].split()[:3] == ["mean", "foreground", f"{(1.4 / 3 + 2.4 / 3 + 0.9) / 3:.4f}"]
@@ -310,7 +316,7 @@ def test_script(folders, capsys, monkeypatch):
     arguments += ["--output", str(output), "--num_workers", "1"]
     assert script.main(arguments) == 0
     results = json.loads(output.read_text(), parse_constant=pytest.fail)
-    assert results == evaluate(find_pairs(folders / "pred", folders / "gt").pairs, Rules(4))
+    assert results == evaluate(find_pairs(folders / "pred", folders / "gt", ACDC).pairs, Rules(4))
     assert "0.4667" in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]
 

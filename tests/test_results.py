@@ -186,17 +186,27 @@ def test_torch_pruning_is_two_trainings(trained, copied, tmp_path):
     assert content["history"]["epoch"] == [1, 2] and len(content["commands"]) == 2
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A folder in nnU-Net's raw format, as far as its classes are read."""
+    folder = tmp_path / "Dataset007_Own"
+    (folder / "imagesTr").mkdir(parents=True)
+    told = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "one": 1}, "numTraining": 1}
+    (folder / "dataset.json").write_text(json.dumps(told | {"file_ending": ".nii.gz"}))
+    return folder
+
+
 def test_scores_of_another_program(tmp_path, capsys):
     metrics = {"dice": [1.0, 0.5, 0.25, 0.75], "HD95": [None, 1.0, None, 2.0], "surface_dice": [None, 0.5, 0.5, 0.5]}
     scores, file = tmp_path / "results.json", tmp_path / "one.json"
     scores.write_text(json.dumps({"patient001_frame01": metrics, "average": metrics, "n": {}}))
     flags = ["keep", "--scores", str(scores), str(file), "--row", "nnunetv2", "--data", "acdc", "--seconds", "60"]
-    flags += ["--fold", "1", "--flops", "2e9"]
+    flags += ["--flops", "2e9"]
     assert main([*flags, "--parameters", "3e6"]) == 2
     assert "--scores: needs --seed" in capsys.readouterr().err and not file.exists()
     assert main([*flags, "--parameters", "3e6", "--seed", "4"]) == 0
     found = read_kept(file)
-    assert (found.row, found.key, found.seconds, found.size["flops"]) == ("nnunetv2", ("1", 4), 60, [None, 2e9])
+    assert (found.row, found.key, found.seconds, found.size["flops"]) == ("nnunetv2", (None, 4), 60, [None, 2e9])
     assert found.scores["before"]["patient001_frame01"]["dice"] == [0.5, 0.25, 0.75]
     with pytest.raises(InputError, match="one.json: has no scores after post-processing"):
         make_results([found], "after")
@@ -208,6 +218,20 @@ def test_scores_of_another_program(tmp_path, capsys):
     scores.write_text(json.dumps({"patient001_frame01": {"dice": [1.0, 0.5], "HD95": [], "surface_dice": []}}))
     assert main([*flags, "--parameters", "3e6", "--seed", "4", "--overwrite", "--budget", "20%"]) == 2
     assert "has not the 4 classes of acdc" in capsys.readouterr().err.lower()
+
+
+def test_scores_are_paired_by_the_fold_that_own_data_has(own, tmp_path, capsys):
+    """A row without it would not be paired with the others, and a row of a built-in data set has none."""
+    metrics = {"dice": [1.0, 0.5], "HD95": [None, 1.0], "surface_dice": [None, 0.5]}
+    scores, file = tmp_path / "results.json", tmp_path / "one.json"
+    scores.write_text(json.dumps({"a": metrics, "average": metrics, "n": {}}))
+    flags = ["keep", "--scores", str(scores), str(file), "--row", "nnunetv2", "--seconds", "60", "--seed", "1"]
+    flags += ["--flops", "2e9", "--parameters", "3e6", "--data"]
+    assert main([*flags, str(own)]) == 2
+    assert "--fold: is needed with" in capsys.readouterr().err
+    assert main([*flags, "acdc", "--fold", "2"]) == 2
+    assert "--fold: is for own data" in capsys.readouterr().err
+    assert main([*flags, str(own), "--fold", "2"]) == 0 and read_kept(file).key == ("2", 1)
 
 
 @pytest.mark.parametrize(

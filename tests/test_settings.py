@@ -120,6 +120,8 @@ def test_without_distances_the_loss_has_none(argv):
         (["--epoch_start", "3"], "--epoch_start needs --model_state"),
         (["--optim", "sgd", "--momentum", "0", "--nesterov", "True"], "--nesterov"),
         (["--no_prune", "--max_flops", "20%"], "--max_flops: nothing is pruned with --no_prune"),
+        (["--model", "nnunet", "--width_multiple", "8"], "--width_multiple 8: no width is chosen with --model nnunet"),
+        (["--no_prune", "--width_multiple", "8"], "--width_multiple 8: no width is chosen with --no_prune"),
         (["--model", "nnunet", "--max_flops", "2G"], "--max_flops: nothing is pruned with --model nnunet"),
         (["--model", "nnunet", "--max_ms", "2"], "--max_ms: nothing is pruned with --model nnunet"),
         (["--model", "flat", "--max_ms", "2"], "--max_ms: nothing is pruned with --model flat"),

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lib.data import DATASETS
 from lib.evaluation import find_dataset
 from lib.experiments.figures import make_output
 from lib.experiments.kept import MS, ROWS, format_kept, keep_run, keep_scores, read_kept
@@ -76,6 +77,9 @@ def keep(args: argparse.Namespace) -> None:
         if missing := [key for key in needed if getattr(args, key) is None]:
             raise InputError(f"--scores: needs --{missing[0]}")
         dataset = find_dataset(args.data)[0]
+        own = dataset.name not in DATASETS
+        if own == (args.fold is None):  # a row without a fold would not be paired, without a word
+            raise InputError(f"--fold: {'is needed with' if own else 'is for own data; leave it out with'} {args.data}")
         size = {key: [getattr(args, f"whole_{key}"), getattr(args, key)] for key in ("parameters", "flops")}
         what = args.row, args.budget, dataset, args.fold, args.seed, args.seconds, size
         content = keep_scores(args.scores, *what, **more)
