@@ -61,5 +61,6 @@ def test_the_curves_of_a_row_are_before_those_of_the_reference(tmp_path):
         ("#D55E00", [0.1, 0.6, 0.7]),
     ]
     assert whole.get_title() == "nnUNet"
+    (tmp_path / "none.png").write_text("drawn before")
     draw_curves(rows[2:], "nnUNet", tmp_path / "none.png")
     assert not list(tmp_path.iterdir())

@@ -96,10 +96,11 @@ def validation_curve(history: Mapping[str, list]) -> Curve:
 def draw_curves(rows: Sequence[tuple[str, str, list[Curve]]], reference: str, path: Path) -> None:
     """The mean foreground Dice of validation by epoch: a panel for each row (title, colour, a curve of each training).
     Those of the row with the title `reference` are grey behind all. Curves and rows without a validation are left out;
-    nothing is drawn where none is left."""
+    nothing is drawn where none is left, and a figure of before goes."""
     rows = [(title, colour, [curve for curve in curves if curve[0]]) for title, colour, curves in rows]
     rows = [row for row in rows if row[2]]
     if not rows:
+        path.unlink(missing_ok=True)
         return
     behind = [curve for title, _, curves in rows if title == reference for curve in curves]
     n_columns = min(3, len(rows))

@@ -100,7 +100,6 @@ def table(args: argparse.Namespace) -> None:
     write_json(output / "results.json", results)
     write_text(output / "results.md", text)
     draw_dice_flops(results, output / "dice_flops.png")
-    (output / "curves.png").unlink(missing_ok=True)  # none is drawn where nothing was validated by epoch
     draw_curves(trainings, output / "curves.png")
     names = [name for name in (*NAMES, "curves.png") if (output / name).exists()]
     print(f"{text}\nwritten: {', '.join(names)} in {output}")
