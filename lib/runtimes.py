@@ -15,7 +15,7 @@ import numpy as np
 from lib.network import Network
 from lib.onnx_file import IMAGE, PROBABILITIES, OnnxFile
 from lib.system.error import InputError
-from lib.system.process import n_cores
+from lib.system.process import kept_signal_stack, n_cores
 
 CUDA = "CUDAExecutionProvider"  # ONNX Runtime's name of it
 
@@ -115,7 +115,8 @@ def _openvino(data: bytes, threads: int, device: str) -> Compute:
         shape = patches.shape
         if shape not in requests:  # fixed sizes are a tenth faster than free ones; a volume has two: the last batch's
             model.reshape({IMAGE: list(shape)})
-            requests[shape] = core.compile_model(model, "CPU", settings).create_infer_request()
+            with kept_signal_stack():  # OpenVINO takes another, which it frees, also while it is in use
+                requests[shape] = core.compile_model(model, "CPU", settings).create_infer_request()
         requests[shape].infer({IMAGE: patches}, share_inputs=True)
         return requests[shape].get_tensor(PROBABILITIES).data.copy()  # the next call writes into the same memory
 

@@ -17,6 +17,7 @@ from lib.system.error import InputError
 from lib.system.screen import keep_screen
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+SS_DISABLE = 2  # of signal.h
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,6 +71,31 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+class _SignalStack(ctypes.Structure):
+    """stack_t of signal.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """What runs in it may set another stack for signals, and leave it behind: afterwards this thread has its own again.
+
+    A library that frees such a stack while it is in use leaves a process that the next signal with a handler, be it
+    Ctrl-C, kills. Does nothing but on Linux.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    sigaltstack, before = ctypes.CDLL(None).sigaltstack, _SignalStack()
+    sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if sigaltstack(ctypes.byref(before), None):  # too small for what the processor must save from now on: have none
+            sigaltstack(ctypes.byref(_SignalStack(flags=SS_DISABLE)), None)
 
 
 def n_cores() -> int:
