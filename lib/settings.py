@@ -466,12 +466,11 @@ class Settings(Options):
         first, last = self.prune_between
         if share_of(first) >= share_of(last):
             raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
+        what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
         if not self.prunes and (self.max_ms or self.max_flops != "none" and self.model != "flat"):
             flag = "--max_ms" if self.max_ms else "--max_flops"
-            what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")
-        if self.width_multiple > 1 and not self.prunes and self.model != "flat":
-            what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
+        if not self.prunes and self.width_multiple > 1 and self.model != "flat":
             raise InputError(f"--width_multiple {self.width_multiple}: no width is chosen with {what}; leave it out")
         if self.model == "flat" and (self.in_filters or self.out_filters):
             flag = "--out_filters" if self.out_filters else "--in_filters"

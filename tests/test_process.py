@@ -12,7 +12,7 @@ from lib.system.process import SS_DISABLE, keep_freed_memory, kept_signal_stack
 
 CODE = """
 import resource
-from lib.system.process import SS_DISABLE, keep_freed_memory, kept_signal_stack
+from lib.system.process import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -139,38 +139,36 @@ def test_the_threads_reach_the_runtime(model, monkeypatch):
     assert seen == [(file.data, 3), (file.data, 5)]  # the very bytes that were checked
 
 
+def run_without_torch(file, runtime, code):
+    """A process where neither torch nor onnx is, even if installed: it opens a `network`, computes `patches`, and then
+    runs `code`."""
+    opened = (
+        "import os, signal, sys, numpy as np\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'torchio', 'onnx']))\n"
+        "from lib.onnx_file import read_onnx_file; from lib.runtimes import open_network\n"
+        "file = read_onnx_file(sys.argv[1]); network = open_network(file, sys.argv[2], threads=1)\n"
+        "patches = np.ones((1, file.modalities, *file.patch_size), np.float32); maps = network(patches)\n"
+    )
+    argv = [sys.executable, "-c", opened + code, str(file.path), runtime]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_signal_after_networks_were_let_go_is_handled(model, runtime):
     """The older one goes first: with OpenVINO, signals would then be handled on a stack that is no more."""
-    _, file = model
     code = (
-        "import os, signal, sys, numpy as np\n"
-        "from lib.onnx_file import read_onnx_file; from lib.runtimes import open_network\n"
         "signal.signal(signal.SIGINT, lambda *_: print('handled'))\n"
-        "file = read_onnx_file(sys.argv[1]); patches = np.ones((1, file.modalities, *file.patch_size), np.float32)\n"
-        "networks = [open_network(file, sys.argv[2], threads=1) for _ in range(2)]\n"
-        "for network in networks: network(patches)\n"
-        "del networks[0]; del networks[0], network\n"
+        "other = open_network(file, sys.argv[2], threads=1); other(patches)\n"
+        "del network; del other\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    argv = [sys.executable, "-c", code, str(file.path), runtime]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_without_torch(model[1], runtime, code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_they_need_no_torch_and_say_nothing(model, runtime):
-    """Neither torch nor onnx is loaded, even where it is installed, and the screen stays empty."""
-    _, file = model
-    code = (
-        "import sys, numpy as np\n"
-        "sys.modules.update(dict.fromkeys(['torch', 'torchio', 'onnx']))\n"
-        "from lib.onnx_file import read_onnx_file; from lib.runtimes import open_network\n"
-        "file = read_onnx_file(sys.argv[1]); network = open_network(file, sys.argv[2], threads=1)\n"
-        "assert np.isfinite(network(np.ones((1, file.modalities, *file.patch_size), np.float32))).all()"
-    )
-    argv = [sys.executable, "-c", code, str(file.path), runtime]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_without_torch(model[1], runtime, "assert np.isfinite(maps).all()")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

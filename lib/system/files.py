@@ -240,13 +240,27 @@ def made(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.callback(_remove_empty, [place for place in (folder, *folder.parents) if not place.exists()])
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder))
+            with _in_turn(next(place for place in folder.parents if place.exists())):
+                held.callback(_remove_empty, [place for place in (folder, *folder.parents) if not place.exists()])
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder))
         except OSError as error:
             raise InputError(
                 f"--output {folder}: cannot be made or written ({error.strerror}); give another"
             ) from error
+        yield
+
+
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Processes that make a folder in this one do so one after another, so that who made it also gets its lock, and
+    takes it away again. Where folders cannot be locked (Windows, some file systems) they do so at once."""
+    with ExitStack() as held:
+        if fcntl:
+            with suppress(OSError):
+                number = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, number)
+                fcntl.flock(number, fcntl.LOCK_EX)
         yield
 
 
