@@ -123,9 +123,10 @@ def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) 
     what = model, build_loss(settings), settings.batch_size, settings.patch_size, n_batches, epochs
 
     def smaller(fms_init: int) -> nnUNet:
-        return build_unpruned(replace(settings, fms_init=fms_init))
+        return build_model(replace(settings, fms_init=fms_init, in_filters=None, out_filters=None))
 
-    return [*width, *forecast(*what, None if flat else smaller, settings.precision == "bfloat16")]
+    given = flat or model.blocks()[0].out_filters != settings.fms_init  # widths that no --fms_init changes
+    return [*width, *forecast(*what, None if given else smaller, settings.precision == "bfloat16")]
 
 
 def read_task(args: argparse.Namespace, held: ExitStack, own: dict | None = None) -> Task:

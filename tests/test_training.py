@@ -8,13 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.build import build_model
 from lib.models import Sauron, load_model
 from lib.settings import Settings
 from lib.system.error import InputError
-from lib.training import Task, beginning, choose_precision, introduction, read_task, train
+from lib.training import Task, beginning, choose_precision, expectation, introduction, read_task, train
 from lib.utils import parseArguments
 
 SMALL = ["--data", "phantom", "--fms_init", "2", "--levels", "3", "--patch_size", "16", "16", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "nnunet"], ["--imp_fun", "random"], ["--lambda", "0"]], ids=str)
+def test_a_long_training_is_told_what_a_smaller_network_takes(flags):
+    settings = Settings.of(vars(parseArguments([*SMALL, "--fms_init", "16", *flags])))
+    (line, whole) = expectation(settings, build_model(settings), n_batches=10**7, epochs=60)
+    assert "; with --fms_init 8 about " in line and whole.startswith("60 epochs: about ")
+    (line, _) = expectation(settings, build_model(replace(settings, fms_init=18)), n_batches=10**7, epochs=60)
+    assert "--fms_init" not in line  # widths of filter files or of weights
 
 
 @pytest.fixture(scope="module")
