@@ -173,7 +173,7 @@ def format_results(results: dict) -> str:
         line += [_level(row["dice"]["mean"]), _number(row["HD95"]["mean"]["mean"], 2)]
         line += _difference(row["minus_unpruned"])
         line += [_share(row[f"{key}_share"]) for key in ("flops", "parameters")]
-        line += [_number(row["minutes"], 1), *(_number(row[key], 2) for key in runtimes)]
+        line += [_number(row["minutes"], 1), *(_number(row[key], 1) for key in runtimes)]
         lines.append(line)
     text = _table(lines)
     if results["sauron_minus"]:
