@@ -27,6 +27,16 @@ from lib.system.files import read_text
 from lib.system.options import Options, noted, setting
 
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
+RECIPES: dict[str, dict[str, Any]] = {  # what flags of pruning have that are not given
+    "none": {},
+    "small": {  # .readme/runs/README.md says how it was found
+        "max_flops": "20%",
+        "prune_between": ("5%", "40%"),
+        "min_filters": 8,
+        "max_prune_fraction": 0.15,
+        "width_multiple": 8,
+    },
+}
 
 
 def data_argument(text: str) -> str:
@@ -73,6 +83,11 @@ def _budget(values: dict) -> str:
 def _moments(values: dict) -> tuple[str, str]:
     budget = values["max_flops"] != "none" or values["max_ms"] is not None
     return BUDGET_MOMENTS if budget else _dataset_of(values).defaults["prune_between"]
+
+
+def _flags_of(recipe: dict[str, Any]) -> str:
+    values = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def _default_of(dataset: BaseDataset, name: str) -> object:
@@ -263,6 +278,13 @@ class Settings(Options):
     momentum: float = setting("training", "momentum of sgd", type=fraction)
     nesterov: bool = setting("training", "True or False: Nesterov momentum for sgd", type=boolean)
 
+    recipe: str = setting(
+        "pruning",
+        "what is measured to give small networks that segment well, for flags that are not given: "
+        + "; ".join(f"{name}: {_flags_of(recipe)}" for name, recipe in RECIPES.items() if recipe),
+        "none",
+        **one_of(RECIPES),
+    )
     lambda_: float = setting(
         "pruning",
         "weight of the distance term of the loss",
@@ -369,7 +391,10 @@ class Settings(Options):
         given = {**given, "data": _dataset_of(given).name}
         if given.get("epoch_start") == 1 and given.get("model_state") is None:
             given["epoch_start"] = 0  # as published, where a fresh start is told so
-        return super().of(given)
+        recipe = dict(RECIPES[given.get("recipe") or "none"])
+        if given.get("max_ms") is not None:  # the one budget instead of the other
+            recipe.pop("max_flops", None)
+        return super().of(recipe | {name: value for name, value in given.items() if value is not None})
 
     def continued(self, given: Mapping[str, Any], run: object) -> Self:
         """As `Options.continued`; a data set is the same by any of its names."""
@@ -467,6 +492,8 @@ class Settings(Options):
         if share_of(first) >= share_of(last):
             raise InputError(f"--prune_between {first} {last}: the first moment must come before the second")
         what = f"--model {self.model}" if self.model != "sauron" else "--no_prune"
+        if not self.prunes and self.recipe != "none":
+            raise InputError(f"--recipe {self.recipe}: nothing is pruned with {what}; leave one of them out")
         if not self.prunes and (self.max_ms or self.max_flops != "none" and self.model != "flat"):
             flag = "--max_ms" if self.max_ms else "--max_flops"
             raise InputError(f"{flag}: nothing is pruned with {what}; leave one of them out")

@@ -109,6 +109,20 @@ def test_without_distances_the_loss_has_none(argv):
     assert config_of("phantom", *argv)["loss"] == "DS_CrossEntropyDiceLoss"
 
 
+def test_a_recipe_stands_for_flags_that_are_not_given(tmp_path):
+    flags = "--max_flops 20% --prune_between 5% 40% --min_filters 8 --max_prune_fraction 0.15 --width_multiple 8"
+    small = config_of("acdc", "--recipe", "small")
+    assert small == config_of("acdc", *flags.split()) | {"recipe": "small"}
+    assert config_of("acdc")["recipe"] == "none" and config_of("acdc", "--recipe", "none") == config_of("acdc")
+    changed = config_of("acdc", "--recipe", "small", "--max_flops", "10%", "--width_multiple", "1")
+    assert changed == small | {"max_flops": "10%", "width_multiple": 1}
+    by_time = config_of("acdc", "--recipe", "small", "--max_ms", "50")  # one budget, not both
+    assert by_time == small | {"max_flops": "none", "max_ms": 50}
+    for config in (small, changed, by_time):  # and what a run folder says is what it was
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert Settings.read(tmp_path)[0].as_dict() == config
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -120,6 +134,8 @@ def test_without_distances_the_loss_has_none(argv):
         (["--epoch_start", "3"], "--epoch_start needs --model_state"),
         (["--optim", "sgd", "--momentum", "0", "--nesterov", "True"], "--nesterov"),
         (["--no_prune", "--max_flops", "20%"], "--max_flops: nothing is pruned with --no_prune"),
+        (["--no_prune", "--recipe", "small"], "--recipe small: nothing is pruned with --no_prune; leave one"),
+        (["--model", "flat", "--recipe", "small"], "--recipe small: nothing is pruned with --model flat"),
         (["--model", "nnunet", "--width_multiple", "8"], "--width_multiple 8: no width is chosen with --model nnunet"),
         (["--no_prune", "--width_multiple", "8"], "--width_multiple 8: no width is chosen with --no_prune"),
         (["--model", "nnunet", "--max_flops", "2G"], "--max_flops: nothing is pruned with --model nnunet"),
