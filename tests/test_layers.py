@@ -60,6 +60,28 @@ def test_a_single_patch_in_inference_mode_is_computed_the_same(filters, kernel, 
         assert ours.dtype == dtype
 
 
+@pytest.mark.parametrize("planes", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("kernel", [3, (1, 3, 3), 5])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2, 2), (3, 1, 1)])
+def test_a_single_patch_that_trains_is_computed_by_halves(planes, kernel, stride):
+    padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
+    conv = Conv3d(4, 6, kernel, stride, padding)
+    plain = torch.nn.Conv3d(4, 6, kernel, stride, padding)
+    compare(conv, plain, torch.randn(1, 4, planes, 9, 10))
+
+
+def test_a_single_patch_that_trains_is_not_left_to_the_slow_method():
+    conv, x = Conv3d(8, 8, 3, padding=1), torch.randn(1, 8, 8, 12, 10, requires_grad=True)
+
+    def called(forward):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            forward(x).sum().backward()
+        return [event.key for event in profile.key_averages() if "conv" in event.key]
+
+    assert not any("slow" in name for name in called(conv.forward))
+    assert any("slow" in name for name in called(lambda x: torch.nn.Conv3d.forward(conv, x)))  # as torch has it
+
+
 def test_a_single_patch_in_bfloat16():
     conv = Conv3d(4, 6, 3, padding=1)
     x = torch.randn(1, 4, 6, 8, 10)

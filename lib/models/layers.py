@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TOGETHER = 16  # filters: what a CPU of today computes at once
+SLOW = 20480  # channels x planes x rows: a single patch of at most so many is left to slow_conv3d by torch
 
 
 class InstanceNorm(nn.Module):
@@ -36,18 +37,20 @@ class Conv2d(nn.Conv2d):
 class Conv3d(nn.Conv3d):
     """A convolution that may compute with the channels last, as `Conv2d` does.
 
-    In torch's inference mode oneDNN is called by its name for a single patch: of one with few filters torch would
-    choose a method that is three to fifteen times as slow. (torch's counter of FLOPs does not see that call.)
+    For a single small patch torch would choose a method that is three to fifteen times as slow. So in its inference
+    mode oneDNN is called by its name, and in training the patch is computed as a batch of two, its halves. (torch's
+    counter of FLOPs does not see the one, and counts twice what the halves share; it is right with torch.no_grad.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or len(x) == 1 and not self._is_for_onednn(x):
+        if x.device.type != "cpu":
             return super().forward(x)
-        function = torch.ops.aten.mkldnn_convolution if len(x) == 1 else F.conv3d
-        if not _channels_last(self, TOGETHER):
-            return self._by(function, x)
-        x = _Stored.apply(x, torch.channels_last_3d, torch.contiguous_format)
-        return _Stored.apply(self._by(function, x), torch.contiguous_format, torch.channels_last_3d)
+        if len(x) > 1:
+            return self._by(F.conv3d, x, self.padding)
+        if self._is_for_onednn(x):
+            return self._by(_by_onednn, x, self.padding)
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self._by_halves(x) if trains and math.prod(x.shape[1:4]) <= SLOW else super().forward(x)
 
     def _is_for_onednn(self, x: Tensor) -> bool:
         """Whether oneDNN takes this patch by its name, which torch's compiler cannot be told."""
@@ -56,10 +59,28 @@ class Conv3d(nn.Conv3d):
         plain = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return plain and torch.backends.mkldnn.is_available()
 
-    def _by(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
-        # mkldnn_convolution has the padding before the stride
-        how = (self.stride, self.padding) if function is F.conv3d else (self.padding, self.stride)
-        return function(x, self.weight, self.bias, *how, self.dilation, self.groups)
+    def _by_halves(self, x: Tensor) -> Tensor:
+        """The planes of its first axis in two parts, with what each needs of the other: of an odd number, the second
+        part computes one again, which is left out."""
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
+        x = F.pad(x, (0, 0, 0, 0, padding, padding))
+        n = (x.shape[2] - kernel) // stride + 1
+        half = math.ceil(n / 2)
+        planes = (half - 1) * stride + kernel
+        both = torch.cat([x.narrow(2, first * stride, planes) for first in (0, n - half)])
+        first, second = self._by(F.conv3d, both, (0, *self.padding[1:])).split(1)
+        return torch.cat([first, second[:, :, 2 * half - n :]], 2)
+
+    def _by(self, function: Callable[..., Tensor], x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        how = (self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        if not _channels_last(self, TOGETHER):
+            return function(x, *how)
+        x = _Stored.apply(x, torch.channels_last_3d, torch.contiguous_format)
+        return _Stored.apply(function(x, *how), torch.contiguous_format, torch.channels_last_3d)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, *how: object) -> Tensor:
+    return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, *how)
 
 
 def _channels_last(conv: nn.Module, few: int) -> bool:
