@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib.experiments.benchmark import parse_arguments
-from lib.experiments.benchmark_plan import choose_partition, make_plan
-from lib.experiments.benchmark_rows import row_of
+from lib.experiments.benchmark_plan import choose_partition, flags_of, make_plan
 from lib.system.error import InputError
 from lib.utils import parseArguments, settings_of
 
@@ -32,5 +31,5 @@ def test_flags_of_pruning_are_for_the_rows_that_prune(flags, tmp_path):
     plan = make_plan(parse_arguments([*map(str, words)]))
     assert plan.settings.width_multiple == 8 and plan.settings.recipe == ("small" if "small" in flags else "none")
     for row in plan.rows:
-        settings = settings_of(parseArguments(["--data", "phantom", *plan.flags, *row_of(row).flags]))[1]
+        settings = settings_of(parseArguments(["--data", "phantom", *flags_of(row, plan.flags)]))[1]
         assert settings.width_multiple == (1 if settings.model == "nnunet" else 8), row

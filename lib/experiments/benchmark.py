@@ -31,7 +31,16 @@ from lib.checkpoint import save_model
 from lib.data import DATASETS
 from lib.evaluation import RESERVED
 from lib.experiments import benchmark_networks as networks
-from lib.experiments.benchmark_plan import Plan, Task, check_runs, check_settings, finished_rows, make_plan, read_json
+from lib.experiments.benchmark_plan import (
+    Plan,
+    Task,
+    check_runs,
+    check_settings,
+    finished_rows,
+    flags_of,
+    make_plan,
+    read_json,
+)
 from lib.experiments.benchmark_rows import HALF, REFERENCE, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of
 from lib.experiments.benchmark_runs import write_runs
 from lib.experiments.benchmark_table import make_row, over_seeds, paired_differences, write_table
@@ -119,7 +128,7 @@ def train_row(plan: Plan, task: Task) -> None:
     run, epoch = task.run()
     if epoch >= plan.epochs(task):
         return
-    argv = [*plan.flags, *row_of(task.key).flags, "--epochs", str(plan.epochs(task)), "--device", str(plan.device)]
+    argv = [*flags_of(task.key, plan.flags), "--epochs", str(plan.epochs(task)), "--device", str(plan.device)]
     argv += ["--seed_train", str(task.seed + OTHER_PATCHES if task.is_pruned else task.seed)]
     argv += ["--output", str(plan.output / "runs"), "--exp_name", task.name]
     argv += ["--fold", plan.folds[task.seed]] if plan.folds else []

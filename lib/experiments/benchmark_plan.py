@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,17 @@ from lib.checkpoint import newest_epoch
 from lib.data import DATASETS
 from lib.data.loading import Loader
 from lib.experiments import benchmark_networks as networks
-from lib.experiments.benchmark_rows import HALF, KINDS, ROWS, SAURON, WITHOUT_BUDGET, kind_of, row_of, rows_to_train
+from lib.experiments.benchmark_rows import (
+    HALF,
+    KINDS,
+    NNUNET,
+    ROWS,
+    SAURON,
+    WITHOUT_BUDGET,
+    kind_of,
+    row_of,
+    rows_to_train,
+)
 from lib.models.nnUNet import nnUNet
 from lib.models.size import summary
 from lib.settings import Settings
@@ -29,6 +40,7 @@ OWN = (  # flags of train.py that the rows set themselves
     *("exp_name", "output", "seed_train", "epochs", "model", "no_prune"),
     *("in_filters", "out_filters", "epoch_start", "model_state", "history", "resume"),
 )
+UNPRUNED = {"recipe": "none", "width_multiple": 1}  # what rows that prune nothing have of flags that they may not have
 FREE = {  # may change between two calls
     *("exp_name", "output", "seed_train", "data_path", "cache_path", "num_workers", "device"),
 }
@@ -128,7 +140,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     definition = own and own["definition"]
     first = ["--data", args.data, *(["--fold", folds[seeds[0]]] if folds else []), *flags]
     settings, *_ = [
-        settings_of(parseArguments([*first, *row_of(row).flags]), definition=definition)[1] for row in (SAURON, *rows)
+        settings_of(parseArguments(flags_of(row, first)), definition=definition)[1] for row in (SAURON, *rows)
     ]
     output = args.output or Path("out", "benchmark", settings.data)
     check_pruned_rows([Task(output, row, seed) for row, seed in product(rows, seeds)], settings.epochs)
@@ -145,6 +157,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise InputError(f"--partitions {partition}: some of these images have no ground truth; name another")
     what = settings, partitions, not args.no_tta, data, device, args.data
     return Plan(output, rows, seeds, folds, tuple(flags), *what)
+
+
+def flags_of(key: str, flags: Iterable[str]) -> list[str]:
+    """The flags of train.py for a row, with `flags` for all rows before them."""
+    flags = [*flags, *row_of(key).flags]
+    if row_of(key).flags == NNUNET:
+        given = vars(parseArguments(["--data", "phantom", *flags]))
+        flags += [f"--{name}={value}" for name, value in UNPRUNED.items() if given[name] is not None]
+    return flags
 
 
 def folds_by_seed(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[int, str]:

@@ -5,7 +5,7 @@ The key of a row is a name of `ROWS`, or "name@limit" with a budget ("20pct" for
 
 from dataclasses import dataclass, replace
 
-NNUNET = ("--model", "nnunet", "--recipe", "none", "--width_multiple", "1")  # nothing is pruned
+NNUNET = ("--model", "nnunet")
 SAURON = "sauron"
 REFERENCE = "nnunet"  # what the p-values and percentages compare with
 HALF = "nnunet-half"  # trained for half of the epochs, to be pruned and fine-tuned in the other half

@@ -39,7 +39,7 @@ class Conv3d(nn.Conv3d):
 
     For a single small patch torch would choose a method that is three to fifteen times as slow. So in its inference
     mode oneDNN is called by its name, and in training the patch is computed as a batch of two, its halves. (torch's
-    counter of FLOPs does not see the one, and counts twice what the halves share; it is right with torch.no_grad.)
+    counter of FLOPs does not see the one, and counts twice what the halves share; outside of both it is right.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Conv3d(nn.Conv3d):
             return self._by(F.conv3d, x, self.padding)
         if self._is_for_onednn(x):
             return self._by(_by_onednn, x, self.padding)
-        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return self._by_halves(x) if trains and math.prod(x.shape[1:4]) <= SLOW else super().forward(x)
 
     def _is_for_onednn(self, x: Tensor) -> bool:
