@@ -27,15 +27,9 @@ from lib.system.files import read_text
 from lib.system.options import Options, noted, setting
 
 BUDGET_MOMENTS = ("10%", "60%")  # --prune_between with a budget
-RECIPES: dict[str, dict[str, Any]] = {  # what flags of pruning have that are not given
-    "none": {},
-    "small": {  # .readme/runs/README.md says how it was found
-        "max_flops": "20%",
-        "prune_between": ("5%", "40%"),
-        "min_filters": 8,
-        "max_prune_fraction": 0.15,
-        "width_multiple": 8,
-    },
+RECIPES = {  # flags of pruning, for those that are not given; .readme/runs/README.md says how they were found
+    "none": "",
+    "small": "--max_flops 20% --prune_between 5% 40% --min_filters 8 --max_prune_fraction 0.15 --width_multiple 8",
 }
 
 
@@ -83,11 +77,6 @@ def _budget(values: dict) -> str:
 def _moments(values: dict) -> tuple[str, str]:
     budget = values["max_flops"] != "none" or values["max_ms"] is not None
     return BUDGET_MOMENTS if budget else _dataset_of(values).defaults["prune_between"]
-
-
-def _flags_of(recipe: dict[str, Any]) -> str:
-    values = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
-    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def _default_of(dataset: BaseDataset, name: str) -> object:
@@ -281,7 +270,7 @@ class Settings(Options):
     recipe: str = setting(
         "pruning",
         "what is measured to give small networks that segment well, for flags that are not given: "
-        + "; ".join(f"{name}: {_flags_of(recipe)}" for name, recipe in RECIPES.items() if recipe),
+        + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items() if flags),
         "none",
         **one_of(RECIPES),
     )
@@ -391,9 +380,9 @@ class Settings(Options):
         given = {**given, "data": _dataset_of(given).name}
         if given.get("epoch_start") == 1 and given.get("model_state") is None:
             given["epoch_start"] = 0  # as published, where a fresh start is told so
-        recipe = dict(RECIPES[given.get("recipe") or "none"])
+        recipe = vars(cls.parser().parse_args(RECIPES[given.get("recipe") or "none"].split()))
         if given.get("max_ms") is not None:  # the one budget instead of the other
-            recipe.pop("max_flops", None)
+            recipe["max_flops"] = None
         return super().of(recipe | {name: value for name, value in given.items() if value is not None})
 
     def continued(self, given: Mapping[str, Any], run: object) -> Self:
