@@ -314,7 +314,8 @@ class Settings(Options):
     )
     max_prune_fraction: float | None = setting(
         "pruning",
-        "a block loses at most this share of its filters in an epoch (but always one)",
+        "a block loses at most this share of its filters in an epoch (but always one; on the way to a budget the last "
+        "epoch that prunes takes a larger share, where it must)",
         None,
         type=number(float, 0, 1, open_low=True),
         metavar="SHARE",

@@ -261,7 +261,6 @@ def test_once_met_nothing_is_pruned_any_more_not_even_after_a_resume(start):
     ("settings", "reason"),
     [
         ({"min_filters": 3}, "every block has as few filters as --min_filters 3 allows"),
-        ({"max_prune_fraction": 0.1}, "--prune_between ended before the thresholds, or --max_prune_fraction, let"),
         ({"between": (8, 9)}, "every block has as few filters as --min_filters 1 allows"),
     ],
 )
@@ -275,6 +274,43 @@ def test_a_budget_that_cannot_be_met_says_what_was_reached_and_why(start, settin
     flops = start.rows[-1]["flops"]
     reached = f"{flops:,} FLOPs ({100 * flops / start.unpruned['flops']:.1f}%) after epoch {last}, the last that prunes"
     assert line.startswith(f"budget not met: {reached}; {reason}")
+
+
+def test_a_budget_that_the_largest_threshold_cannot_meet(start):
+    """Maps that are all as far from the reference as can be: none is below the threshold."""
+    start.rule = BudgetRule(1.0, None, Bounds((0, 1)), (8, 8), start.unpruned["flops"])
+    start.epoch, start.rows = 1, [row(1.0, 1.0) | {"epoch": 1}]
+    start.delta_prune = {name: (torch.ones(len(delta)), 0) for name, (delta, _) in start.delta_prune.items()}
+    _end_epoch_prune(start)
+    assert start.rule.done == 1 and count_filters(start.model)["out"]["enc_ConvBlock_1"] == 4
+    assert start.lines[0].endswith("the last that prunes; --prune_between ended before the thresholds let enough go")
+
+
+@pytest.mark.parametrize(("multiple", "limit"), [(1, 0.25), (2, 0.18)])
+def test_the_last_epoch_takes_a_larger_share_of_a_block_where_the_budget_needs_it(start, multiple, limit):
+    unpruned = widths({"out_filters": count_filters(start.model)["out"]})
+    limit, share = limit * start.unpruned["flops"], 0.1
+    go_on(start, 12, max_flops=limit, between=(0, 3), max_prune_fraction=share, multiple=multiple, min_filters=2)
+    met, *notes = start.lines
+    assert start.rule.done == 3 and start.rows[-1]["flops"] <= limit and met.startswith("budget met after epoch 3: ")
+
+    history = [widths(row_) for row_ in start.rows[:3]]
+    for before, after in zip([unpruned, *history[:1]], history[:2], strict=True):
+        assert all(n - after[name] <= max(multiple, share * n) for name, n in before.items())
+
+    def most_gone(share):  # at the largest threshold all but the reference may go
+        floor = {"dec_ConvBlock_4": -(-3 // multiple) * multiple}
+        left = {}
+        for name, n in history[1].items():
+            most = max(multiple, int(share * n + 1e-9) // multiple * multiple)
+            left[name] = n - min(most, n - floor.get(name, 2))
+        return summary(resized(start.model, left), (8, 8))["flops"]
+
+    (note,) = notes
+    least = next(i for i in range(1, 20) if most_gone(share + 0.05 * i) <= limit)
+    text = f"epoch 3, the last that prunes, was let take {100 * (share + 0.05 * least):.0f}% of a block, not 10%"
+    assert note.startswith(f"{text} as --max_prune_fraction says; a later end of --prune_between")
+    assert all(n - history[2][name] <= max(multiple, (share + 0.05 * least) * n) for name, n in history[1].items())
 
 
 @pytest.mark.parametrize(("multiple", "share"), [(2, 0.4), (4, 0.7)])

@@ -6,7 +6,7 @@ the way to a budget.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
@@ -19,6 +19,7 @@ from lib.system import distributed
 from lib.system.device import device_of
 
 FIRST_TAU = 0.001
+SHARE_STEP = 0.05  # of a block's filters
 Measured = dict[str, tuple[Tensor, int]]  # delta_prune by block: (C,) in [0, 1], and the reference r
 
 
@@ -172,7 +173,8 @@ class PaperRule(Rule):
 class BudgetRule(Rule):
     """One threshold for all blocks climbs at an even pace, and the filters below it go. Pruning stops for good once the
     network fits, and at the latest after the last epoch of `bounds.between`, whether it fits or not. An epoch deletes
-    those of the smallest delta_prune, and no more than needed to fit.
+    those of the smallest delta_prune, and no more than needed to fit. The last one may take a larger share of a block
+    than the bounds say, the smallest in steps of SHARE_STEP with which the network fits.
 
     max_flops: of one patch; max_ms: milliseconds for one patch on the model's device; None: no such limit.
     unpruned_flops: of the network before any filter went, for the log.
@@ -205,14 +207,26 @@ class BudgetRule(Rule):
             self._end(epoch)
             return {}
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
-        candidates = {name: self.bounds.deletable(measured[name], threshold, least) for name, least in fewest.items()}
-        ranked, size = ranking(candidates, measured, self.bounds.multiple), self._measuring(model)
+        size, bounds = self._measuring(model), self.bounds
+        while True:
+            candidates = {name: bounds.deletable(measured[name], threshold, least) for name, least in fewest.items()}
+            smallest = {name: n - len(candidates[name]) for name, n in widths.items()}
+            if not self._is_late(epoch) or bounds.max_prune_fraction >= 1 or self._fits(size(smallest)):
+                break
+            bounds = replace(bounds, max_prune_fraction=min(1.0, bounds.max_prune_fraction + SHARE_STEP))
+        ranked = ranking(candidates, measured, bounds.multiple)
         gone = fewest_that_fit(ranked, widths, lambda widths: self._fits(size(widths)), self.bounds.multiple)
         lost = {name: [c for other, c in gone if other == name] for name in {name for name, _ in gone}}
         stays = {name: kept(widths[name], filters) for name, filters in lost.items()}
         left = widths | {name: len(indices) for name, indices in stays.items()}
         at_the_floor = all(n - next_group(n, self.bounds.multiple) < fewest[name] for name, n in left.items())
         self._conclude(epoch, size(left), at_the_floor)
+        if bounds != self.bounds:
+            taken, given = (f"{100 * share.max_prune_fraction:.0f}%" for share in (bounds, self.bounds))
+            self.notes += (
+                f"epoch {epoch}, the last that prunes, was let take {taken} of a block, not {given} as "
+                "--max_prune_fraction says; a later end of --prune_between spreads it",
+            )
         self._end(epoch)
         return stays
 
@@ -259,7 +273,7 @@ class BudgetRule(Rule):
                 + f" with --width_multiple {multiple}" * (multiple > 1)
                 + " (those that feed a head: at least the number of classes)" * (least > 1)
                 if at_the_floor
-                else "--prune_between ended before the thresholds, or --max_prune_fraction, let enough filters go"
+                else "--prune_between ended before the thresholds let enough go"
             )
             self.notes = (
                 f"budget not met: {text} after epoch {epoch}, the last that prunes; {reason}",
