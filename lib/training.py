@@ -84,7 +84,7 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
         state.log("no validation set: thresholds rise by the training loss alone")
     n_batches = data.n_train_batches()
     if distributed.is_main():
-        for line in expectation(settings, model, n_batches, settings.epochs - state.epoch):
+        for line in expectation(settings, model, n_batches, settings.epochs - state.epoch, new=task.run is None):
             state.log(line)
     run_epochs(state, settings, task.device, criterion, data, save_fms)
     for key, before in state.unpruned.items():
@@ -116,8 +116,9 @@ def show_plan(task: Task) -> None:
         print(line)
 
 
-def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) -> list[str]:
-    """Lines for the log about the width of a flat network, and the time and memory that so many epochs take here."""
+def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int, new: bool = True) -> list[str]:
+    """Lines for the log about the width of a flat network, and the time and memory that so many epochs take here. new:
+    whether flags can still change the network."""
     flat = settings.model == "flat"
     width = [f"flat: {model.blocks()[0].out_filters} filters in every block but the heads"] if flat else []
     what = model, build_loss(settings), settings.batch_size, settings.patch_size, n_batches, epochs
@@ -125,7 +126,7 @@ def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int) 
     def smaller(fms_init: int) -> nnUNet:
         return build_model(replace(settings, fms_init=fms_init, in_filters=None, out_filters=None))
 
-    given = flat or model.blocks()[0].out_filters != settings.fms_init  # widths that no --fms_init changes
+    given = flat or not new or model.blocks()[0].out_filters != settings.fms_init  # widths that no --fms_init changes
     return [*width, *forecast(*what, None if given else smaller, settings.precision == "bfloat16")]
 
 

@@ -23,7 +23,9 @@ def test_the_partition_is_one_with_ground_truth():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--recipe", "small"], ["--width_multiple", "8", "--min_filters", "3"]], ids=" ".join
+    "flags",
+    [["--recipe", "small"], ["--width_multiple", "8", "--min_filters", "3", "--max_flops", "30%"]],
+    ids=" ".join,
 )
 def test_flags_of_pruning_are_for_the_rows_that_prune(flags, tmp_path):
     places = ["--data_path", tmp_path / "data", "--cache_path", tmp_path / "cache", "--device", "cpu"]
@@ -33,3 +35,5 @@ def test_flags_of_pruning_are_for_the_rows_that_prune(flags, tmp_path):
     for row in plan.rows:
         settings = settings_of(parseArguments(["--data", "phantom", *flags_of(row, plan.flags)]))[1]
         assert settings.width_multiple == (1 if settings.model == "nnunet" else 8), row
+        limit = "20%" if "small" in flags else "30%"
+        assert settings.max_flops == ("none" if settings.model == "nnunet" else limit), row

@@ -25,6 +25,8 @@ def test_a_long_training_is_told_what_a_smaller_network_takes(flags):
     assert "; with --fms_init 8 about " in line and whole.startswith("60 epochs: about ")
     (line, _) = expectation(settings, build_model(replace(settings, fms_init=18)), n_batches=10**7, epochs=60)
     assert "--fms_init" not in line  # widths of filter files or of weights
+    (line, _) = expectation(settings, build_model(settings), n_batches=10**7, epochs=60, new=False)
+    assert "--fms_init" not in line  # a run that goes on
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ OWN = (  # flags of train.py that the rows set themselves
     *("exp_name", "output", "seed_train", "epochs", "model", "no_prune"),
     *("in_filters", "out_filters", "epoch_start", "model_state", "history", "resume"),
 )
-UNPRUNED = {"recipe": "none", "width_multiple": 1}  # what rows that prune nothing have of flags that they may not have
+# what rows that prune nothing have of flags that they may not have
+UNPRUNED = {"recipe": "none", "width_multiple": 1, "max_flops": "none"}
 FREE = {  # may change between two calls
     *("exp_name", "output", "seed_train", "data_path", "cache_path", "num_workers", "device"),
 }
