@@ -38,8 +38,8 @@ KINDS = ROWS | {HALF: Row("nnUNet, half of the epochs", "", NNUNET)}
 NOTES = {  # "" is about the whole table, the others about their rows
     "": """
 {data}: {subjects} {partition} images of {patients} patients. Every row is trained for {epochs} epochs in all, so for
-as many optimizer steps; the learning rate falls from {lr:g} to 0 as (1 - e / epochs)^0.9. Means over the seeds, ±
-standard deviation where there are several. Percentages refer to {reference}. HD95 averages over the images that have
+as many optimizer steps; the learning rate falls from {lr:g} to 0 as (1 - e / epochs)^0.9. Means over the seeds (with
+--folds, each on a fold of its own), ± standard deviation where there are several. Percentages refer to {reference}. HD95 averages over the images that have
 one. FLOPs are torch's count for one patch of {patch}. p: Wilcoxon signed-rank test against {reference} over the
 patients: the mean foreground Dice of each one's images, averaged over the seeds that both rows have. The difference of
 the mean foreground Dice is that to {reference}, of the same seeds and paired by patient too: the mean over the seeds of
