@@ -37,16 +37,17 @@ ROWS = {  # in the order of the table, in which each row finds what it needs
 KINDS = ROWS | {HALF: Row("nnUNet, half of the epochs", "", NNUNET)}
 NOTES = {  # "" is about the whole table, the others about their rows
     "": """
-{data}: {subjects} {partition} images of {patients} patients. Every row is trained for {epochs} epochs in all, so for
-as many optimizer steps; the learning rate falls from {lr:g} to 0 as (1 - e / epochs)^0.9. Means over the seeds (with
---folds, each on a fold of its own), ± standard deviation where there are several. Percentages refer to {reference}. HD95 averages over the images that have
-one. FLOPs are torch's count for one patch of {patch}. p: Wilcoxon signed-rank test against {reference} over the
-patients: the mean foreground Dice of each one's images, averaged over the seeds that both rows have. The difference of
-the mean foreground Dice is that to {reference}, of the same seeds and paired by patient too: the mean over the seeds of
-the mean over their patients, with a {level}% interval of a two-level bootstrap ({resamples:,} resamples, percentiles):
-seeds are drawn with replacement, and so are the patients, the same for all seeds of one fold. With one seed the
-interval is over its patients alone, and does not say what another seed would give. Over few seeds it is too narrow.
-Training is the time of the epochs with their validation, without Sauron's deletions in between.
+{data}: {subjects} {partition} images of {patients} patients. Every row is trained for {epochs} epochs in all, so for as
+many optimizer steps; the learning rate falls from {lr:g} to 0 as (1 - e / epochs)^0.9. Means over the seeds (with
+--folds, each on a fold of its own), ± standard deviation where there are several. Percentages refer to {reference}.
+HD95 averages over the images that have one. FLOPs are torch's count for one patch of {patch}. p: Wilcoxon signed-rank
+test against {reference} over the patients: the mean foreground Dice of each one's images, averaged over the seeds that
+both rows have. The difference of the mean foreground Dice is that to {reference}, of the same seeds and paired by
+patient too: the mean over the seeds of the mean over their patients, with a {level}% interval of a two-level bootstrap
+({resamples:,} resamples, percentiles): seeds are drawn with replacement, and so are the patients, the same for all
+seeds of one fold. With one seed the interval is over its patients alone, and does not say what another seed would give.
+Over few seeds it is too narrow. Training is the time of the epochs with their validation, without Sauron's deletions in
+between.
 """,
     SAURON: """
 Sauron: pruned while it trains. Where it has a budget, it trains on with the segmentation loss alone once it fits, and

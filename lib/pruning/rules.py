@@ -200,35 +200,46 @@ class BudgetRule(Rule):
         self.notes, self.ms = (), None
         fewest = fewest_filters(model, self.bounds.min_filters)
         climbs = self.bounds.allow(epoch) and not self.done
-        threshold = budget_tau(epoch, self.bounds.between)
         if climbs or len(rows) == 1:
-            self.taus = dict.fromkeys(fewest, threshold)
+            self.taus = dict.fromkeys(fewest, budget_tau(epoch, self.bounds.between))
         if not climbs:
             self._end(epoch)
             return {}
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
-        size, bounds = self._measuring(model), self.bounds
-        while True:
-            candidates = {name: bounds.deletable(measured[name], threshold, least) for name, least in fewest.items()}
-            smallest = {name: n - len(candidates[name]) for name, n in widths.items()}
-            if not self._is_late(epoch) or bounds.max_prune_fraction >= 1 or self._fits(size(smallest)):
-                break
-            bounds = replace(bounds, max_prune_fraction=min(1.0, bounds.max_prune_fraction + SHARE_STEP))
-        ranked = ranking(candidates, measured, bounds.multiple)
-        gone = fewest_that_fit(ranked, widths, lambda widths: self._fits(size(widths)), self.bounds.multiple)
+        size = self._measuring(model)
+
+        def fits(widths: dict[str, int]) -> bool:
+            return self._fits(size(widths))
+
+        candidates, share = self._candidates(epoch, fewest, measured, fits)
+        gone = fewest_that_fit(ranking(candidates, measured, self.bounds.multiple), widths, fits, self.bounds.multiple)
         lost = {name: [c for other, c in gone if other == name] for name in {name for name, _ in gone}}
         stays = {name: kept(widths[name], filters) for name, filters in lost.items()}
         left = widths | {name: len(indices) for name, indices in stays.items()}
         at_the_floor = all(n - next_group(n, self.bounds.multiple) < fewest[name] for name, n in left.items())
         self._conclude(epoch, size(left), at_the_floor)
-        if bounds != self.bounds:
-            taken, given = (f"{100 * share.max_prune_fraction:.0f}%" for share in (bounds, self.bounds))
+        if share > self.bounds.max_prune_fraction:
             self.notes += (
-                f"epoch {epoch}, the last that prunes, was let take {taken} of a block, not {given} as "
-                "--max_prune_fraction says; a later end of --prune_between spreads it",
+                f"epoch {epoch}, the last that prunes, was let take {100 * share:.0f}% of a block, not "
+                f"{100 * self.bounds.max_prune_fraction:.0f}% as --max_prune_fraction says; a later end of "
+                "--prune_between spreads it",
             )
         self._end(epoch)
         return stays
+
+    def _candidates(
+        self, epoch: int, fewest: dict[str, int], measured: Measured, fits: Callable[[dict[str, int]], bool]
+    ) -> tuple[dict[str, list[int]], float]:
+        """The filters of each block that may go, and which share of a block that may be."""
+        share, threshold = self.bounds.max_prune_fraction, budget_tau(epoch, self.bounds.between)
+        while True:
+            bounds = replace(self.bounds, max_prune_fraction=share)
+            gone = {name: bounds.deletable(measured[name], threshold, least) for name, least in fewest.items()}
+            if share >= 1 or not self._is_late(epoch):
+                return gone, share
+            if fits({name: len(measured[name][0]) - len(filters) for name, filters in gone.items()}):
+                return gone, share
+            share = min(1.0, share + SHARE_STEP)
 
     def _end(self, epoch: int) -> None:
         """Note that pruning is over, if it is."""
