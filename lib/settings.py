@@ -314,8 +314,8 @@ class Settings(Options):
     )
     max_prune_fraction: float | None = setting(
         "pruning",
-        "a block loses at most this share of its filters in an epoch (but always one; on the way to a budget the last "
-        "epoch that prunes takes a larger share, where it must)",
+        "a block loses at most this share of its filters in an epoch (but always one; the last epoch that prunes takes "
+        "more where a budget needs it)",
         None,
         type=number(float, 0, 1, open_low=True),
         metavar="SHARE",

@@ -84,7 +84,7 @@ def train(argv: list[str] | None, held: ExitStack) -> TrainingState | None:
         state.log("no validation set: thresholds rise by the training loss alone")
     n_batches = data.n_train_batches()
     if distributed.is_main():
-        for line in expectation(settings, model, n_batches, settings.epochs - state.epoch, new=task.run is None):
+        for line in expectation(settings, model, n_batches, settings.epochs - state.epoch, is_new(task)):
             state.log(line)
     run_epochs(state, settings, task.device, criterion, data, save_fms)
     for key, before in state.unpruned.items():
@@ -112,11 +112,16 @@ def show_plan(task: Task) -> None:
     settings = task.settings
     data = build_dataset(settings)
     model = build_model(settings).to(task.device)
-    for line in (*task.notes, *expectation(settings, model, data.n_train_batches(), settings.epochs)):
+    for line in (*task.notes, *expectation(settings, model, data.n_train_batches(), settings.epochs, is_new(task))):
         print(line)
 
 
-def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int, new: bool = True) -> list[str]:
+def is_new(task: Task) -> bool:
+    """Whether the flags decide what network it is, and not weights that are there."""
+    return task.run is None and task.source is None
+
+
+def expectation(settings: Settings, model: nnUNet, n_batches: int, epochs: int, new: bool) -> list[str]:
     """Lines for the log about the width of a flat network, and the time and memory that so many epochs take here. new:
     whether flags can still change the network."""
     flat = settings.model == "flat"

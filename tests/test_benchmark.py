@@ -286,6 +286,7 @@ def test_every_training_names_its_own_command(finished):
         (["--seed_train", "3"], "--seed_train after --"),
         (["--model", "nnunet"], "--model after --"),
         (["--imp_fun", "random"], "--imp_fun random after --"),
+        (["--max_ms", "3"], "--max_ms after --"),
         (["--loss", "DS_CrossEntropyDiceLoss_Distance"], "--model sauron"),
         (["--levels", "9"], "--patch_size"),
     ],

@@ -261,6 +261,7 @@ def test_once_met_nothing_is_pruned_any_more_not_even_after_a_resume(start):
     ("settings", "reason"),
     [
         ({"min_filters": 3}, "every block has as few filters as --min_filters 3 allows"),
+        ({"max_prune_fraction": 0.1}, "every block has as few filters as --min_filters 1 allows"),
         ({"between": (8, 9)}, "every block has as few filters as --min_filters 1 allows"),
     ],
 )
@@ -278,12 +279,13 @@ def test_a_budget_that_cannot_be_met_says_what_was_reached_and_why(start, settin
 
 def test_a_budget_that_the_largest_threshold_cannot_meet(start):
     """Maps that are all as far from the reference as can be: none is below the threshold."""
-    start.rule = BudgetRule(1.0, None, Bounds((0, 1)), (8, 8), start.unpruned["flops"])
+    start.rule = BudgetRule(1.0, None, Bounds((0, 1), 2, 0.15), (8, 8), start.unpruned["flops"])
     start.epoch, start.rows = 1, [row(1.0, 1.0) | {"epoch": 1}]
     start.delta_prune = {name: (torch.ones(len(delta)), 0) for name, (delta, _) in start.delta_prune.items()}
     _end_epoch_prune(start)
     assert start.rule.done == 1 and count_filters(start.model)["out"]["enc_ConvBlock_1"] == 4
-    assert start.lines[0].endswith("the last that prunes; --prune_between ended before the thresholds let enough go")
+    line, _ = start.lines  # the second one is that the training goes on
+    assert line.endswith("the last that prunes; --prune_between ended before the thresholds let enough go")
 
 
 @pytest.mark.parametrize(("multiple", "limit"), [(1, 0.25), (2, 0.18)])
@@ -309,7 +311,7 @@ def test_the_last_epoch_takes_a_larger_share_of_a_block_where_the_budget_needs_i
     (note,) = notes
     least = next(i for i in range(1, 20) if most_gone(share + 0.05 * i) <= limit)
     text = f"epoch 3, the last that prunes, was let take {100 * (share + 0.05 * least):.0f}% of a block, not 10%"
-    assert note.startswith(f"{text} as --max_prune_fraction says; a later end of --prune_between")
+    assert note == f"{text} as --max_prune_fraction says; a later end of --prune_between, or more --epochs, spreads it"
     assert all(n - history[2][name] <= max(multiple, (share + 0.05 * least) * n) for name, n in history[1].items())
 
 
@@ -367,6 +369,24 @@ def test_a_run_of_the_time_before_its_end_was_noted_ends_with_its_next_epoch(sta
     assert start.rule.done == 0
     go_on(start, 12, max_flops=1.0)
     assert start.rule.done == 11 and start.rows[-1]["filters"] == start.rows[9]["filters"]
+    assert start.lines[2:] == ["budget not met: --prune_between ended before epoch 11; nothing more is pruned"]
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+def test_the_last_epoch_takes_more_for_a_budget_in_milliseconds_too(start, monkeypatch, at_random):
+    monkeypatch.setattr(rules, "milliseconds", lambda model, _: sum(count_filters(model)["out"].values()) / 10)
+    rule = BudgetRule(None, 6.0, Bounds((0, 2), 2, 0.1), (8, 8), start.unpruned["flops"])
+    start.rule = RandomRule(rule) if at_random else rule
+    for epoch in (1, 2):
+        start.epoch = epoch
+        start.rows.append(row(1.0, 1.0) | {"epoch": epoch})
+        out = count_filters(start.model)["out"]
+        start.delta_prune = {name: (torch.linspace(0, 0.99, out[name]), 0) for name in start.delta_prune}
+        _end_epoch_prune(start)
+        _end_epoch_measure(start, (8, 8))
+    met, note = start.lines
+    assert start.rule.done == 2 and met.startswith("budget met after epoch 2: ")
+    assert 5.8 < start.rows[-1]["ms"] <= 6 and "of a block, not 10% as --max_prune_fraction says" in note
 
 
 def test_a_limit_of_milliseconds_is_measured_once_for_each_network(start, monkeypatch):

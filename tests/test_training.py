@@ -21,9 +21,9 @@ SMALL = ["--data", "phantom", "--fms_init", "2", "--levels", "3", "--patch_size"
 @pytest.mark.parametrize("flags", [[], ["--model", "nnunet"], ["--imp_fun", "random"], ["--lambda", "0"]], ids=str)
 def test_a_long_training_is_told_what_a_smaller_network_takes(flags):
     settings = Settings.of(vars(parseArguments([*SMALL, "--fms_init", "16", *flags])))
-    (line, whole) = expectation(settings, build_model(settings), n_batches=10**7, epochs=60)
+    (line, whole) = expectation(settings, build_model(settings), n_batches=10**7, epochs=60, new=True)
     assert "; with --fms_init 8 about " in line and whole.startswith("60 epochs: about ")
-    (line, _) = expectation(settings, build_model(replace(settings, fms_init=18)), n_batches=10**7, epochs=60)
+    (line, _) = expectation(settings, build_model(replace(settings, fms_init=18)), n_batches=10**7, epochs=60, new=True)
     assert "--fms_init" not in line  # widths of filter files or of weights
     (line, _) = expectation(settings, build_model(settings), n_batches=10**7, epochs=60, new=False)
     assert "--fms_init" not in line  # a run that goes on

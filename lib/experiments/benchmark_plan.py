@@ -132,6 +132,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise InputError(f"--{key} after --: the benchmark sets it for each row; leave it out")
     if given.imp_fun == "random":
         raise InputError("--imp_fun random after --: is the row sauron-random; leave it out")
+    if given.max_ms is not None:
+        raise InputError("--max_ms after --: rows are compared at equal FLOPs, not times; leave it out, give --budgets")
     if args.budgets and WITHOUT_BUDGET in (args.rows or ()):
         raise InputError(f"--rows {WITHOUT_BUDGET}: has no budget; leave it or --budgets out")
     flags += ["--epochs", str(args.epochs)] if args.epochs else []

@@ -174,7 +174,7 @@ class BudgetRule(Rule):
     """One threshold for all blocks climbs at an even pace, and the filters below it go. Pruning stops for good once the
     network fits, and at the latest after the last epoch of `bounds.between`, whether it fits or not. An epoch deletes
     those of the smallest delta_prune, and no more than needed to fit. The last one may take a larger share of a block
-    than the bounds say, the smallest in steps of SHARE_STEP with which the network fits.
+    than the bounds say: the smallest in steps of SHARE_STEP with which the network fits, or all if it never does.
 
     max_flops: of one patch; max_ms: milliseconds for one patch on the model's device; None: no such limit.
     unpruned_flops: of the network before any filter went, for the log.
@@ -203,6 +203,8 @@ class BudgetRule(Rule):
         if climbs or len(rows) == 1:
             self.taus = dict.fromkeys(fewest, budget_tau(epoch, self.bounds.between))
         if not climbs:
+            if not (self.done or self.met) and self._is_late(epoch):
+                self.notes = (f"budget not met: --prune_between ended before epoch {epoch}; nothing more is pruned",)
             self._end(epoch)
             return {}
         widths = {block.name: block.out_filters for block in model.blocks() if not block.head}
@@ -218,11 +220,11 @@ class BudgetRule(Rule):
         left = widths | {name: len(indices) for name, indices in stays.items()}
         at_the_floor = all(n - next_group(n, self.bounds.multiple) < fewest[name] for name, n in left.items())
         self._conclude(epoch, size(left), at_the_floor)
-        if share > self.bounds.max_prune_fraction:
+        if self.met and share > self.bounds.max_prune_fraction:
             self.notes += (
                 f"epoch {epoch}, the last that prunes, was let take {100 * share:.0f}% of a block, not "
                 f"{100 * self.bounds.max_prune_fraction:.0f}% as --max_prune_fraction says; a later end of "
-                "--prune_between spreads it",
+                "--prune_between, or more --epochs, spreads it",
             )
         self._end(epoch)
         return stays
@@ -230,7 +232,7 @@ class BudgetRule(Rule):
     def _candidates(
         self, epoch: int, fewest: dict[str, int], measured: Measured, fits: Callable[[dict[str, int]], bool]
     ) -> tuple[dict[str, list[int]], float]:
-        """The filters of each block that may go, and which share of a block that may be."""
+        """The filters of each block that may go, and the share of a block that they may be."""
         share, threshold = self.bounds.max_prune_fraction, budget_tau(epoch, self.bounds.between)
         while True:
             bounds = replace(self.bounds, max_prune_fraction=share)
