@@ -203,7 +203,7 @@ class BudgetRule(Rule):
         if climbs or len(rows) == 1:
             self.taus = dict.fromkeys(fewest, budget_tau(epoch, self.bounds.between))
         if not climbs:
-            if not (self.done or self.met) and self._is_late(epoch):
+            if not self.done and self._is_late(epoch):
                 self.notes = (f"budget not met: --prune_between ended before epoch {epoch}; nothing more is pruned",)
             self._end(epoch)
             return {}
